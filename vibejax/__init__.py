@@ -1,0 +1,1 @@
+"""VibeThinker post-training in JAX: `python -m vibejax.rl` starts here."""
