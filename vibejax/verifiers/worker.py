@@ -1,0 +1,207 @@
+"""One worker process of the verifier pool: reads items, runs verifiers, writes verdicts.
+
+`python -m vibejax.verifiers.worker SETTINGS` speaks JSON lines over its standard input and output
+(pickle would let a verifier that model output has taken over run code in the trainer):
+
+    in   {"load": [name, ...]}                      import what these verifiers need
+    in   {"record": {...}, "completion": "..."}     verify
+    out  {"event": "ready"}                         once, when the process reads its input
+    out  {"event": "started"}                       the item's clock starts: imports are done
+    out  {"event": "verdict", "correct": ..., ...}  the fields of `Verdict`
+
+The process imports neither jax nor numpy by itself, ends when its input closes or its parent dies,
+and holds its own limit on address space.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vibejax.verifiers import Outcome, Verdict
+
+MODULES = {
+    "math": "vibejax.verifiers.math",
+    "code": "vibejax.verifiers.code",
+    "choice": "vibejax.verifiers.choice",
+    "instruct": "vibejax.verifiers.instruct",
+    "rubric": "vibejax.verifiers.rubric",
+}
+"""Verifier name -> module with `verify(record, completion, **settings) -> Verdict`, imported on
+first use; a module may also have `load()`, which imports what should not count as verifying."""
+
+TRUTH_FIELDS = {"math": ("ground_truth",), "choice": ("ground_truth",)}
+"""Fields without which a record of that verifier cannot be verified; the other verifiers read
+several published record formats and check for themselves."""
+
+MAX_ANSWER_CHARS = 2_000
+MAX_DETAIL_CHARS = 500
+PR_SET_PDEATHSIG = 1
+
+
+def names(record: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the verifiers that a record asks for.
+
+    Args:
+        record: `verifier` is one name or a list of names.
+
+    Raises:
+        ValueError: `record` is no mapping, names no verifier or an unknown one, or lacks a field
+            that the verifier compares with.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"record {record!r:.80} is not an object of fields")
+    if "verifier" not in record:
+        raise ValueError(f"record lacks `verifier`: one of {', '.join(MODULES)}, or a list of them")
+    asked = record["verifier"]
+    asked = [asked] if isinstance(asked, str) else asked
+    if not isinstance(asked, list) or not asked:
+        raise ValueError(f"verifier = {asked!r:.80} is neither a name nor a list of names")
+    for name in asked:
+        if not isinstance(name, str) or name not in MODULES:
+            raise ValueError(f"verifier = {name!r:.80} is unknown, known are {', '.join(MODULES)}")
+        for field in TRUTH_FIELDS.get(name, ()):
+            value = record.get(field)
+            if value is None or value == "":
+                raise ValueError(f"record of verifier {name!r} has no `{field}` (value {value!r})")
+    return asked
+
+
+def combine(parts: Mapping[str, Verdict]) -> Verdict:
+    """Combines the verdicts of several verifiers on one completion.
+
+    Correct means that all are; the reward is the product. A part that says nothing about the
+    completion makes the whole say nothing.
+
+    Args:
+        parts: verifier name -> its verdict, at least one.
+    """
+    verdicts = list(parts.values())
+    if len(verdicts) == 1:
+        return verdicts[0]
+    decisive = next(
+        (v for v in verdicts if not v.scored),
+        next((v for v in verdicts if not v.correct), verdicts[0]),
+    )
+    reward = 1.0
+    for verdict in verdicts:
+        reward *= verdict.reward
+    return Verdict(
+        correct=all(v.correct for v in verdicts),
+        reward=reward if decisive.scored else 0.0,
+        outcome=decisive.outcome,
+        answer=next((v.answer for v in verdicts if v.answer is not None), None),
+        detail="; ".join(f"{name}: {v.detail}" for name, v in parts.items() if v.detail),
+    )
+
+
+@functools.cache
+def load(name: str) -> types.ModuleType:
+    """Imports a verifier and what it needs; later calls cost nothing."""
+    module = importlib.import_module(MODULES[name])
+    if hasattr(module, "load"):
+        module.load()
+    return module
+
+
+def judge(
+    record: Mapping[str, Any],
+    completion: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    started: Callable[[], None],
+) -> Verdict:
+    """Runs the verifiers of a record; whatever they raise becomes a verdict that says so.
+
+    Args:
+        record: see `names`.
+        completion: text of the completion.
+        settings: verifier name -> keyword arguments of its `verify`.
+        started: called once imports are done and the clock should start.
+    """
+    try:
+        modules = {name: load(name) for name in names(record)}
+        started()
+        parts = {}
+        for name, module in modules.items():
+            parts[name] = module.verify(record, completion, **settings.get(name, {}))
+        return combine(parts)
+    except MemoryError:
+        return Verdict(correct=False, reward=0.0, outcome=Outcome.MEMORY, detail="MemoryError")
+    except Exception as error:  # any failure of a verifier becomes a counted verdict, never a 0
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        detail = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}"
+        return Verdict(
+            correct=False,
+            reward=0.0,
+            outcome=Outcome.CRASH,
+            detail=f"{detail}:{where.lineno})"[:MAX_DETAIL_CHARS],
+        )
+
+
+def confine(memory_mb: int, parent: int) -> None:
+    """Limits this process's memory and ties its life to its parent's.
+
+    Args:
+        memory_mb: limit on address space, MiB.
+        parent: process id that must still be the parent.
+
+    Raises:
+        SystemExit: the parent is gone already.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above took effect
+        raise SystemExit(1)
+    limit = memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    """Serves items until the input closes."""
+    options = json.loads(sys.argv[1])
+    confine(options["memory_mb"], options["parent"])
+    # Verifiers may print and may start programs: neither may reach the protocol.
+    source = os.fdopen(os.dup(0), "rb")
+    sink = os.dup(1)
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+    os.dup2(2, 1)
+
+    def emit(message: dict[str, Any]) -> None:
+        line = memoryview(json.dumps(message).encode() + b"\n")
+        while line:
+            line = line[os.write(sink, line) :]
+
+    emit({"event": "ready"})
+    for line in source:
+        request = json.loads(line)
+        if "load" in request:
+            for name in request["load"]:
+                load(name)
+            continue
+        verdict = judge(
+            request["record"],
+            request["completion"],
+            options["settings"],
+            lambda: emit({"event": "started"}),
+        )
+        fields = dataclasses.asdict(verdict)
+        if verdict.answer is not None:
+            fields["answer"] = str(verdict.answer)[:MAX_ANSWER_CHARS]
+        fields["detail"] = str(verdict.detail)[:MAX_DETAIL_CHARS]
+        emit({"event": "verdict", **fields})
+        if verdict.outcome is Outcome.MEMORY:  # what is left of this process is not to be trusted
+            break
+
+
+if __name__ == "__main__":
+    main()
