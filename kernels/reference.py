@@ -1,0 +1,71 @@
+"""Plain jax.numpy definitions of what the kernels compute: the oracle of every kernel test.
+
+Shape suffixes: B rows, T query tokens, S key tokens, H query heads, K key/value heads (H a
+multiple of K), G = H / K query heads of one key/value head, D head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, while exp(-inf - -inf) is NaN
+
+
+def attention(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    q_position_BT: jax.Array,
+    q_segment_BT: jax.Array,
+    kv_position_BS: jax.Array,
+    kv_segment_BS: jax.Array,
+) -> jax.Array:
+    """Causal grouped-query attention within segments; softmax in float32.
+
+    A query sees the keys of its own segment at its own position and before. The order of tokens
+    within a row plays no part, so a row may be cut into chunks and the chunks reordered.
+    Padding (segment 0) yields zeros. Materializes [B, K, G, T, S] scores.
+
+    Returns:
+        [B, T, H, D] of q's dtype.
+    """
+    B, T, H, D = q_BTHD.shape
+    K = k_BSKD.shape[2]
+    q_BTKGD = q_BTHD.reshape(B, T, K, H // K, D) * jnp.asarray(D**-0.5, q_BTHD.dtype)
+    score_BKGTS = _einsum("BTKGD,BSKD->BKGTS", q_BTKGD, k_BSKD)
+    visible_BTS = (q_segment_BT[:, :, None] == kv_segment_BS[:, None, :]) & (
+        q_position_BT[:, :, None] >= kv_position_BS[:, None, :]
+    )
+    score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED)
+    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKD.dtype)
+    out_BTKGD = _einsum("BKGTS,BSKD->BTKGD", weight_BKGTS, v_BSKD).astype(q_BTHD.dtype)
+    out_BTKGD = jnp.where((q_segment_BT != 0)[:, :, None, None, None], out_BTKGD, 0)
+    return out_BTKGD.reshape(B, T, H, D)
+
+
+def decode_attention(
+    q_BHD: jax.Array, k_BKDS: jax.Array, v_BKSD: jax.Array, visible_BS: jax.Array
+) -> jax.Array:
+    """Attention of one query token a row over a cache.
+
+    Args:
+        q_BHD: [B, H, D] queries.
+        k_BKDS: [B, K, D, S] cached keys, transposed: a score is then a sum of scaled rows.
+        v_BKSD: [B, K, S, D] cached values.
+        visible_BS: [B, S] bool, the cache entries that the query sees, at least one a row.
+
+    Returns:
+        [B, H, D] of q's dtype.
+    """
+    B, H, D = q_BHD.shape
+    K = v_BKSD.shape[1]
+    q_BKGD = q_BHD.reshape(B, K, H // K, D) * jnp.asarray(D**-0.5, q_BHD.dtype)
+    score_BKGS = _einsum("BKGD,BKDS->BKGS", q_BKGD, k_BKDS)
+    score_BKGS = jnp.where(visible_BS[:, None, None], score_BKGS, MASKED)
+    weight_BKGS = jax.nn.softmax(score_BKGS, axis=-1).astype(v_BKSD.dtype)
+    return _einsum("BKGS,BKSD->BKGD", weight_BKGS, v_BKSD).astype(q_BHD.dtype).reshape(B, H, D)
+
+
+def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum accumulated in float32; float32 operands are multiplied as such on a TPU too."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)

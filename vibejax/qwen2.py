@@ -1,0 +1,355 @@
+"""Qwen2.5 as pure functions of a parameter tree.
+
+`param_table` declares every parameter once: its shape, the names of its axes (which decide its
+sharding), its Hugging Face name and layout (which decide how weights are read and written) and
+how it is initialised. The forward pass runs over packed rows; `decode_step` over a cache.
+
+Shape suffixes: L layers, B rows, T tokens, S cache entries, E model width, H query heads, K
+key/value heads, D head dimension, F feed-forward width, V vocabulary rows.
+
+Every matrix product says precision=HIGHEST. It changes nothing for bfloat16 operands; a float32
+operand would otherwise be rounded to bfloat16 on a TPU.
+
+Source: Qwen2.5 technical report, arXiv:2412.15115; transformers' modeling_qwen2.py for the
+order of operations, which the parity test pins.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from vibejax.attention import attention, decode_attention
+from vibejax.rope import Rope, inverse_frequencies
+from vibejax.sharding import constrain, sharding
+
+Params = dict[str, Any]
+Remat = Literal["none", "full", "attention", "offload"]
+VOCAB_MULTIPLE = 128  # vocabulary rows are padded to it, so that `tensor` divides them
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of one Qwen2.5 model; the defaults are Qwen2.5-Coder-3B's.
+
+    Attributes:
+        vocab: token ids that the checkpoint knows; logits beyond are never sampled.
+        tied: the output head is the embedding.
+        context: positions that the checkpoint was made for (`max_position_embeddings`).
+        init_std: standard deviation of randomly initialised matrices.
+    """
+
+    layers: int = 36
+    width: int = 2_048
+    heads: int = 16
+    kv_heads: int = 2
+    head_dim: int = 128
+    mlp: int = 11_008
+    vocab: int = 151_936
+    rope: Rope = Rope(theta=1e6)
+    norm_epsilon: float = 1e-6
+    tied: bool = True
+    context: int = 32_768
+    init_std: float = 0.02
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """One parameter.
+
+    Attributes:
+        shape: as held here, layers stacked on axis 0.
+        axes: the name of each axis.
+        hf_name: Hugging Face's name; "{}" is the layer number.
+        inputs: of a projection, how many axes (after the layers') are summed over: torch holds
+            it as [outputs, inputs]. 0 for what is held alike.
+        init: "normal", "zeros" or "ones".
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    hf_name: str
+    inputs: int
+    init: Literal["normal", "zeros", "ones"]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether axis 0 runs over layers, each a tensor of its own in a checkpoint."""
+        return self.axes[0] == "layers"
+
+
+def param_table(config: ModelConfig) -> Params:
+    """The parameter tree with a `ParamInfo` at each leaf."""
+    L, E, F, V = config.layers, config.width, config.mlp, config.vocab_rows
+    H, K, D = config.heads, config.kv_heads, config.head_dim
+
+    def matrix(name: str, inputs: int, shape: tuple[int, ...], *axes: str) -> ParamInfo:
+        hf_name = f"model.layers.{{}}.{name}.weight"
+        return ParamInfo((L, *shape), ("layers", *axes), hf_name, inputs, "normal")
+
+    def bias(name: str, shape: tuple[int, ...], *axes: str) -> ParamInfo:
+        hf_name = f"model.layers.{{}}.{name}.bias"
+        return ParamInfo((L, *shape), ("layers", *axes), hf_name, 0, "zeros")
+
+    def norm(name: str) -> ParamInfo:
+        return ParamInfo((L, E), ("layers", "embed"), f"model.layers.{{}}.{name}.weight", 0, "ones")
+
+    table = {
+        "embed": ParamInfo((V, E), ("vocab", "embed"), "model.embed_tokens.weight", 0, "normal"),
+        "norm": ParamInfo((E,), ("embed",), "model.norm.weight", 0, "ones"),
+        "layers": {
+            "attention_norm": norm("input_layernorm"),
+            "q": matrix("self_attn.q_proj", 1, (E, H, D), "embed", "heads", "head_dim"),
+            "k": matrix("self_attn.k_proj", 1, (E, K, D), "embed", "kv_heads", "head_dim"),
+            "v": matrix("self_attn.v_proj", 1, (E, K, D), "embed", "kv_heads", "head_dim"),
+            "q_bias": bias("self_attn.q_proj", (H, D), "heads", "head_dim"),
+            "k_bias": bias("self_attn.k_proj", (K, D), "kv_heads", "head_dim"),
+            "v_bias": bias("self_attn.v_proj", (K, D), "kv_heads", "head_dim"),
+            "o": matrix("self_attn.o_proj", 2, (H, D, E), "heads", "head_dim", "embed"),
+            "mlp_norm": norm("post_attention_layernorm"),
+            "gate": matrix("mlp.gate_proj", 1, (E, F), "embed", "mlp"),
+            "up": matrix("mlp.up_proj", 1, (E, F), "embed", "mlp"),
+            "down": matrix("mlp.down_proj", 1, (F, E), "mlp", "embed"),
+        },
+    }
+    if not config.tied:
+        table["head"] = ParamInfo((V, E), ("vocab", "embed"), "lm_head.weight", 0, "normal")
+    return table
+
+
+def map_table(function: Any, config: ModelConfig, *trees: Params) -> Params:
+    """A tree of `function(info, *leaves)` over `param_table(config)` and trees of its form."""
+    is_info = lambda x: isinstance(x, ParamInfo)  # noqa: E731 - a predicate, used once
+    return jax.tree.map(function, param_table(config), *trees, is_leaf=is_info)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """The tree of NamedShardings of the parameters on `mesh`.
+
+    Raises:
+        ValueError: an axis does not divide, with its name and sizes.
+    """
+    return map_table(lambda info: sharding(mesh, info.shape, *info.axes), config)
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters; trace it under jit with `out_shardings` to create them in place."""
+    leaves, tree = jax.tree.flatten(map_table(lambda info: info, config))
+
+    def leaf(info: ParamInfo, key: jax.Array) -> jax.Array:
+        if info.init == "normal":
+            return config.init_std * jax.random.normal(key, info.shape, dtype)
+        return jnp.full(info.shape, 1.0 if info.init == "ones" else 0.0, dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [leaf(i, k) for i, k in zip(leaves, keys, strict=True)])
+
+
+def head(params: Params) -> jax.Array:
+    """[V, E] output head: the embedding where the two are tied."""
+    return params.get("head", params["embed"])
+
+
+def hidden_states(
+    params: Params,
+    token_BT: jax.Array,
+    position_BT: jax.Array,
+    segment_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+) -> jax.Array:
+    """Normed outputs of the last layer; `losses.logprobs` turns them into log-probabilities.
+
+    Args:
+        params: tree of `param_table(config)`, arrays at the leaves.
+        token_BT: [B, T] int32 token ids.
+        position_BT: [B, T] int32 position within the token's document.
+        segment_BT: [B, T] int32 document number within the row; 0 is padding.
+        config: static.
+        dtype: of the computation; norms, RoPE and softmax are float32 in any case.
+        remat: what the backward pass keeps of a layer: `none` recomputes nothing, `attention`
+            keeps the attention output, `offload` the layer inputs in host memory, `full` the
+            layer inputs on the device.
+
+    Returns:
+        [B, T, E] of `dtype`.
+    """
+    x_BTE, _ = _layers(params, token_BT, position_BT, segment_BT, config, dtype, remat, False)
+    return x_BTE
+
+
+def prefill(
+    params: Params,
+    token_BT: jax.Array,
+    position_BT: jax.Array,
+    segment_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`hidden_states`, and the rotated keys and the values of every layer.
+
+    Returns:
+        [B, T, E] of `dtype`; keys [L, B, K, D, T] and values [L, B, K, T, D], both of `dtype`.
+    """
+    return _layers(params, token_BT, position_BT, segment_BT, config, dtype, "none", True)
+
+
+def _layers(params, token_BT, position_BT, segment_BT, config, dtype, remat, keep_kv):
+    x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
+    cos_BTD, sin_BTD = _rope(position_BT, config)
+
+    def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, Any]:
+        x_BTE = checkpoint_name(x_BTE, "layer_input")
+        p = jax.tree.map(lambda w: w.astype(dtype), p)
+        q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config)
+        a_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT)
+        a_BTHD = checkpoint_name(a_BTHD, "attention_output")
+        x_BTE = x_BTE + _einsum("BTHD,HDE->BTE", a_BTHD, p["o"])
+        x_BTE = constrain(_mlp(x_BTE, p, config), "batch", "length", None)
+        kv = (k_BTKD.transpose(0, 2, 3, 1), v_BTKD.swapaxes(1, 2)) if keep_kv else None
+        return x_BTE, kv
+
+    x_BTE, kv = jax.lax.scan(_rematerialised(layer, remat), x_BTE, params["layers"])
+    return _rms_norm(x_BTE, params["norm"], config.norm_epsilon), kv
+
+
+def _rematerialised(layer, remat: Remat):
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return layer
+    if remat == "full":
+        policy = policies.nothing_saveable
+    elif remat == "attention":
+        # Both are named by the attention kernels too, so that a forward kernel runs once a layer.
+        policy = policies.save_only_these_names("attention_output", "attention_logsumexp")
+    else:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def unstack(params: Params, config: ModelConfig, dtype: Any) -> Params:
+    """The sampler's copy: `dtype`, with a list of layers in place of the stacked arrays.
+
+    Decoding reads every weight once a token. From a stacked array each layer would first be
+    copied out of it; from a list it is read where it lies.
+    """
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.layers)]
+    return params | {"layers": layers}
+
+
+def decode_step(
+    params: Params,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    cache: list[tuple[jax.Array, jax.Array]],
+    column: jax.Array,
+    visible_BS: jax.Array,
+    config: ModelConfig,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """One token a row: its normed output, and the cache with its keys and values written.
+
+    Args:
+        params: as `unstack` returns them.
+        token_B: [B] int32.
+        position_B: [B] int32 position of the token in its document.
+        cache: for each layer, keys [B, K, D, S] and values [B, K, S, D].
+        column: scalar int32, the cache entry that the token takes in every row.
+        visible_BS: [B, S] bool, the entries that the token sees, its own among them.
+        config: static.
+
+    Returns:
+        [B, E] of the parameters' dtype, and the cache.
+    """
+    x_B1E = params["embed"][token_B][:, None]
+    cos_B1D, sin_B1D = _rope(position_B[:, None], config)
+    written = []
+    for p, (k_BKDS, v_BKSD) in zip(params["layers"], cache, strict=True):
+        q_B1HD, k_B1KD, v_B1KD = _qkv(x_B1E, p, cos_B1D, sin_B1D, config)
+        k_BKD1, v_BK1D = k_B1KD.transpose(0, 2, 3, 1), v_B1KD.swapaxes(1, 2)
+        k_BKDS = jax.lax.dynamic_update_slice(k_BKDS, k_BKD1, (0, 0, 0, column))
+        v_BKSD = jax.lax.dynamic_update_slice(v_BKSD, v_BK1D, (0, 0, column, 0))
+        a_BHD = decode_attention(q_B1HD[:, 0], k_BKDS, v_BKSD, visible_BS)
+        x_B1E = x_B1E + _einsum("BTHD,HDE->BTE", a_BHD[:, None], p["o"])
+        x_B1E = _mlp(x_B1E, p, config)
+        written.append((k_BKDS, v_BKSD))
+    return _rms_norm(x_B1E, params["norm"], config.norm_epsilon)[:, 0], written
+
+
+def _qkv(x_BTE, p, cos_BTD, sin_BTD, config):
+    h_BTE = _rms_norm(x_BTE, p["attention_norm"], config.norm_epsilon)
+    q_BTHD = _einsum("BTE,EHD->BTHD", h_BTE, p["q"]) + p["q_bias"][None, None]
+    k_BTKD = _einsum("BTE,EKD->BTKD", h_BTE, p["k"]) + p["k_bias"][None, None]
+    v_BTKD = _einsum("BTE,EKD->BTKD", h_BTE, p["v"]) + p["v_bias"][None, None]
+    q_BTHD = constrain(_rotate(q_BTHD, cos_BTD, sin_BTD), "batch", "length", "heads", None)
+    return q_BTHD, _rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
+
+
+def _mlp(x_BTE, p, config):
+    h_BTE = _rms_norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
+    gate_BTF = jax.nn.silu(_einsum("BTE,EF->BTF", h_BTE, p["gate"]))
+    up_BTF = _einsum("BTE,EF->BTF", h_BTE, p["up"])
+    return x_BTE + _einsum("BTF,FE->BTE", gate_BTF * up_BTF, p["down"])
+
+
+def _rms_norm(x_BTE: jax.Array, scale_E: jax.Array, epsilon: float) -> jax.Array:
+    x32_BTE = x_BTE.astype(jnp.float32)
+    variance_BT1 = jnp.mean(x32_BTE**2, axis=-1, keepdims=True)
+    normed_BTE = (x32_BTE * jax.lax.rsqrt(variance_BT1 + epsilon)).astype(x_BTE.dtype)
+    return normed_BTE * scale_E.astype(x_BTE.dtype)[None, None]
+
+
+def _rope(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """[B, T, D/2] float32 cosines and sines; float32 since positions pass 65,536."""
+    longest = jnp.max(position_BT) + 1
+    frequency_D, scale = inverse_frequencies(config.rope, config.head_dim, config.context, longest)
+    angle_BTD = position_BT[..., None].astype(jnp.float32) * frequency_D[None, None]
+    return scale * jnp.cos(angle_BTD), scale * jnp.sin(angle_BTD)
+
+
+def _rotate(x_BTHD: jax.Array, cos_BTD: jax.Array, sin_BTD: jax.Array) -> jax.Array:
+    """Rotates the pairs (d, d + D/2), Hugging Face's layout."""
+    cos_BT1D, sin_BT1D = cos_BTD[:, :, None], sin_BTD[:, :, None]
+    a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([a * cos_BT1D - b * sin_BT1D, b * cos_BT1D + a * sin_BT1D], axis=-1)
+    return rotated.astype(x_BTHD.dtype)
+
+
+def train_flops_per_token(config: ModelConfig, attended: float) -> float:
+    """Floating-point operations of forward and backward for one token of a packed row.
+
+    Args:
+        config: the model.
+        attended: keys that an average token sees.
+    """
+    E, H, K, D = config.width, config.heads, config.kv_heads, config.head_dim
+    weights = E * D * (2 * H + 2 * K) + 3 * E * config.mlp
+    layer = 2 * weights + 4 * H * D * attended
+    return 3.0 * (config.layers * layer + 2 * E * config.vocab_rows)
+
+
+def param_count(config: ModelConfig) -> int:
+    """Number of parameters as a checkpoint holds them, vocabulary padding left out."""
+    infos = jax.tree.leaves(map_table(lambda i: math.prod(i.shape), config))
+    heads = 1 if config.tied else 2
+    return sum(infos) - heads * (config.vocab_rows - config.vocab) * config.width

@@ -1,0 +1,84 @@
+"""The one place that says which array axis lies on which mesh axis.
+
+A module names the axes of its arrays ("batch", "embed", ...); `AXIS_RULES` maps the names to
+mesh axes. No other module writes a mesh axis name. A program runs under `jax.set_mesh(mesh)`;
+`constrain` reads the mesh from there, and does nothing where there is none.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    # parameters and the activations they touch
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all of `MESH_AXES`; an axis that `sizes` leaves out has size 1.
+
+    Raises:
+        ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
+    """
+    unknown = sizes.keys() - set(MESH_AXES)
+    if unknown:
+        raise ValueError(f"mesh axes {sorted(unknown)}: must be among {', '.join(MESH_AXES)}")
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    if math.prod(shape) != len(devices):
+        wanted = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"mesh {wanted} needs {math.prod(shape)} devices, found {len(devices)}")
+    auto = (AxisType.Auto,) * len(MESH_AXES)  # jit chooses the layout between our constraints
+    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+
+
+def spec(*axes: str | None) -> P:
+    """The PartitionSpec of an array whose axes have these names (None: replicated)."""
+    for axis in axes:
+        if axis is not None and axis not in AXIS_RULES:
+            raise ValueError(f"no sharding rule for axis {axis!r}; known: {', '.join(AXIS_RULES)}")
+    return P(*(None if axis is None else AXIS_RULES[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
+    """The sharding of an array of `shape`, checked to divide evenly.
+
+    Raises:
+        ValueError: an axis is not a multiple of the mesh axes it lies on.
+    """
+    partition = spec(*axes)
+    for axis, size, mesh_axes in zip(axes, shape, partition, strict=True):
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        ways = math.prod(mesh.shape[name] for name in names)
+        if size % ways:
+            raise ValueError(
+                f"axis {axis!r} of size {size} is not a multiple of mesh axes {names} = {ways}"
+            )
+    return NamedSharding(mesh, partition)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of which every device holds the whole."""
+    return NamedSharding(mesh, P())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by the names of its axes on the mesh in force; `x` itself without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
