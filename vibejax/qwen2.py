@@ -46,6 +46,7 @@ class ModelConfig:
         init_std: standard deviation of randomly initialised matrices.
     """
 
+    rope: Rope
     layers: int = 36
     width: int = 2_048
     heads: int = 16
@@ -53,7 +54,6 @@ class ModelConfig:
     head_dim: int = 128
     mlp: int = 11_008
     vocab: int = 151_936
-    rope: Rope = Rope(theta=1e6)
     norm_epsilon: float = 1e-6
     tied: bool = True
     context: int = 32_768

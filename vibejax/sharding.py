@@ -72,6 +72,12 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedShar
     return NamedSharding(mesh, partition)
 
 
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The mesh axes that an array axis of this name lies on, for collectives in a `shard_map`."""
+    (names,) = spec(axis)
+    return (names,) if isinstance(names, str) else names or ()
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array of which every device holds the whole."""
     return NamedSharding(mesh, P())
