@@ -73,7 +73,7 @@ class GGUFFile:
                 self._read_header(file)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
-        except (struct.error, UnicodeDecodeError, IndexError, OverflowError, MemoryError):
+        except (struct.error, UnicodeDecodeError, IndexError, ArithmeticError, MemoryError):
             raise CheckpointError(f"{path}: damaged or truncated GGUF header") from None
 
     def _read_header(self, file: BinaryIO) -> None:
@@ -93,6 +93,11 @@ class GGUFFile:
         size = self.path.stat().st_size
         for stored_name, shape, kind, offset in infos:
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            if shape[-1] % block:
+                raise CheckpointError(
+                    f"{self.path}: tensor {stored_name} has rows of {shape[-1]}, "
+                    f"must be a multiple of {kind.name}'s {block}"
+                )
             row_bytes = shape[-1] // block * block_bytes
             if start + offset + math.prod(shape[:-1]) * row_bytes > size:
                 raise CheckpointError(f"{self.path}: truncated, tensor {stored_name} is cut off")
@@ -114,31 +119,38 @@ class GGUFFile:
         Raises:
             CheckpointError: its quantization is not one that the gguf package undoes.
         """
-        shape = self.tensors[name].shape
-        if len(shape) == 1:
-            return self._rows(name, slice(0, 1))[0][rows]
         head = self._permuted_head(name)
-        if head == 1:
-            return self._rows(name, rows)[:, columns]
+        if head is None:
+            return self._stored_rows(name, rows, columns)
         # The permutation stays within a head, so whole heads are read.
         first, last = rows.start // head * head, -(-rows.stop // head) * head
-        stored = self._rows(name, slice(first, last))[:, columns]
-        paired = stored.reshape(-1, head // 2, 2, stored.shape[-1])
+        stored = self._stored_rows(name, slice(first, last), columns)
+        paired = stored.reshape(-1, head // 2, 2, *stored.shape[1:])
         ordered = paired.swapaxes(1, 2).reshape(stored.shape)
         return ordered[rows.start - first : rows.stop - first]
 
-    def _permuted_head(self, name: str) -> int:
-        """Rows of a head within which the tensor is permuted; 1 where it is not."""
-        match = re.search(r"self_attn\.([qk])_proj\.weight$", name)
+    def dtype_names(self) -> set[str]:
+        """The quantizations in the file."""
+        return {stored.kind.name for stored in self._stored.values()}
+
+    def _permuted_head(self, name: str) -> int | None:
+        """Rows of a head within which the tensor is permuted; None where it is not."""
+        match = re.search(r"self_attn\.([qk])_proj\.(weight|bias)$", name)
         if not match or self.metadata.get("general.architecture") != "llama":
-            return 1
+            return None
         heads = self.metadata["llama.attention.head_count"]
         if match[1] == "k":
             heads = self.metadata.get("llama.attention.head_count_kv", heads)
         return self.tensors[name].shape[0] // heads
 
-    def _rows(self, name: str, rows: slice) -> np.ndarray:
-        """[rows, row length] float32 in the file's order."""
+    def _stored_rows(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+        """As `read`, in the file's order."""
+        if len(self.tensors[name].shape) == 1:
+            return self._dequantized(name, slice(0, 1))[0][rows]
+        return self._dequantized(name, rows)[:, columns]
+
+    def _dequantized(self, name: str, rows: slice) -> np.ndarray:
+        """Whole rows, float32; a vector is one row."""
         kind, offset, row_bytes = self._stored[name]
         count = rows.stop - rows.start
         # Not a memory map: its pages would count towards the peak of the process.

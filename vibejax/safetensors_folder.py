@@ -67,6 +67,10 @@ class SafetensorsFolder:
         with _opened(shard) as file:
             return file.get_slice(name)[index]
 
+    def dtype_names(self) -> set[str]:
+        """The dtypes in the folder."""
+        return {tensor.dtype.name for tensor in self.tensors.values()}
+
 
 def _shard_names(folder: Path) -> dict[Path, list[str] | None]:
     """Shard -> the tensors to take from it, None for all."""
@@ -186,32 +190,42 @@ def _write_file(path, tensors, pieces):
 
 @contextlib.contextmanager
 def published(dst: Path, needed: int) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `dst` when all went well."""
-    if dst.exists() and not _replaceable(dst):
-        raise CheckpointError(f"{dst}: exists and is no export; name a new folder")
-    staging = dst.parent / f".{dst.name}.{os.getpid()}.partial"
-    old = dst.parent / f".{dst.name}.{os.getpid()}.old"
+    """A folder to write into, which takes the place of `dst` when all went well.
+
+    Args:
+        dst: folder to be; an earlier export there is replaced. Whatever fails, it stays as it
+            was; a process killed between two renames leaves it beside as `.NAME.old`, from
+            where the next call puts it back.
+        needed: bytes that will be written, for the message.
+
+    Raises:
+        CheckpointError: `dst` is something else than an export, or cannot be written.
+    """
+    staging, old = (dst.parent / f".{dst.name}.{end}" for end in ("partial", "old"))
     try:
+        if old.exists() and not dst.exists():
+            old.rename(dst)
+        if dst.exists() and not _replaceable(dst):
+            raise CheckpointError(f"{dst}: exists and is no export; name a new folder")
         dst.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
         staging.mkdir()
         yield staging
         for file in staging.iterdir():
             _sync(file)
         _sync(staging)
         if dst.exists():
+            shutil.rmtree(old, ignore_errors=True)
             dst.rename(old)  # a rename cannot replace a folder that holds something
         staging.rename(dst)
         _sync(dst.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        free = shutil.disk_usage(dst.parent).free if dst.parent.exists() else 0
         raise CheckpointError(
-            f"{dst}: not written, {error.strerror} ({needed / 1e9:.2f} GB needed, "
-            f"{free / 1e9:.2f} GB free)"
+            f"{dst}: not written, {error.strerror} ({needed / 1e9:.2f} GB to write)"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if old.exists() and dst.exists():
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _replaceable(dst: Path) -> bool:

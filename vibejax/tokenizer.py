@@ -11,6 +11,7 @@ pre-tokenizers behind the names of `tokenizer.ggml.pre`.
 
 import dataclasses
 import datetime
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -170,6 +171,7 @@ def _token_text(value: Any) -> Any:
     return value.get("content") if isinstance(value, Mapping) else value
 
 
+@functools.cache
 def _compile(template: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]

@@ -173,7 +173,8 @@ def save_params(
     """Writes a Hugging Face folder that transformers and vLLM load as it is.
 
     The folder appears whole or not at all: it is written beside `dst` and renamed. With
-    several processes all must call; the first one writes.
+    several processes all must call; the first one writes, the others return when it has their
+    data, which may be before the folder is there.
 
     Args:
         params: tree of `qwen2.param_table(config)`.
@@ -273,9 +274,8 @@ def _write_folder(
     with published(dst, needed) as folder:
         settings: Mapping[str, Any] = {}
         if source is not None and source.is_file():
-            tokens = tokenizer.load(source)
-            tokenizer.save(tokens, folder)
-            settings = {"eos_token_id": tokens.eos_ids[0]}
+            tokenizer.save(tokenizer.load(source), folder)
+            settings = read_json(folder / "generation_config.json")
         elif source is not None:
             for name in TOKENIZER_FILES:
                 if (source / name).exists():
@@ -295,13 +295,12 @@ def describe(path: Path) -> str:
     checkpoint = open_checkpoint(path)
     check(checkpoint, checkpoint.config)
     config = checkpoint.config
-    dtypes = sorted({tensor.dtype.name for tensor in checkpoint.source.tensors.values()})
     rope = [f"{k}={v}" for k, v in dataclasses.asdict(config.rope).items() if v is not None]
     lines = {
         "checkpoint": path,
         "architecture": checkpoint.architecture,
         "parameters": f"{qwen2.param_count(config):,}",
-        "dtype": ", ".join(dtypes),
+        "dtype": ", ".join(sorted(checkpoint.source.dtype_names())),
     }
     for field in dataclasses.fields(config):
         if field.name not in ("rope", "init_std"):
@@ -342,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command == "info":
             print(describe(src))
             return 0
-        if parsed.dst.exists() and any(parsed.dst.iterdir()):
+        if parsed.dst.exists():
             raise CheckpointError(f"{parsed.dst}: exists; name a new folder")
         convert(src, parsed.dst, parsed.dtype)
     except CheckpointError as error:
