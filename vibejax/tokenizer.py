@@ -141,11 +141,20 @@ class Tokenizer:
         text = self.render([_mark(m, self._added()) for m in messages], add_generation_prompt)
         ids = []
         for i, piece in enumerate(_MARKED.split(text)):
-            # Odd pieces stood between marks: one character at a time they spell no added token.
-            # A template that cuts strings leaves marks without a partner in the even ones.
-            for part in piece if i % 2 else _MARK.split(piece):
+            if i % 2:  # stood between marks
+                ids += self._encode_plain(piece)
+                continue
+            # A template that cuts strings leaves marks without a partner.
+            for part in _MARK.split(piece):
                 ids += self.encode(part, add_special_tokens=False)
         return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """The ids of `text` with no eye for added tokens."""
+        if self.backend.normalizer is not None:
+            text = self.backend.normalizer.normalize_str(text)
+        pieces = self.backend.pre_tokenizer.pre_tokenize_str(text)
+        return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
 
     def _added(self) -> re.Pattern:
         names = [t.content for t in self.backend.get_added_tokens_decoder().values()]
