@@ -1,0 +1,364 @@
+"""Runs model-written Python where it can do no harm: bubblewrap, bare namespaces, or not at all.
+
+A sandbox is one bare interpreter for one problem, in fresh process, network, mount, IPC and UTS
+namespaces. It sees the system's libraries, the interpreter and its standard library (no installed
+packages) read-only, an empty /tmp of its own, four harmless devices, and nothing else: no
+/etc/passwd, no /proc, no network, no environment, no descriptor but the two pipes of the control
+protocol, which a solution never holds. Inside, `harness` confines each test further, by limits and
+the system-call filter of `seccomp`. When the sandbox's first process dies, the kernel kills all.
+
+Without root, a user namespace gives the right to do this. Root needs none; there the harness turns
+into a user id that nobody has, because the kernel exempts root from the limit on processes.
+
+Needs Linux 5.14 (limits counted per user namespace) on x86_64 or aarch64. What works on a machine
+is found out by running a program that tries to get out.
+"""
+
+import functools
+import importlib.util
+import marshal
+import os
+import platform
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vibejax.verifiers import harness, plain, seccomp
+
+BUBBLEWRAP, NAMESPACES, NOTHING = "bubblewrap", "namespaces", "none"
+GRACE_S = 10.0  # beyond a test's own limit, before the sandbox itself counts as broken
+CLOSE_S = 2.0  # for the harness to leave by itself
+TMP_BYTES = 64 * 2**20
+THREADS = 64  # RLIMIT_NPROC; the filter allows no second process
+OPEN_FILES = 64
+STACK_BYTES = 112 * 2**20  # the kernel keeps 128 MiB of address space free for it
+UNUSED_UIDS = (2_000_000_000, 2**27), (61_184, 4_336)  # first, count: assigned to no user anywhere
+NOBODY = 65_534
+
+INTERPRETER_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # -I -S, but for a fixed hash seed
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # one program, one output; gone before a solution runs
+PACKAGES = ("vibejax", "vibejax.verifiers")  # empty in the sandbox
+MODULES = ("plain", "harness_children", "harness", "namespaces")
+BOOTSTRAP = """
+import marshal, posix, sys
+def read(count):
+    parts = []
+    while count:
+        parts.append(posix.read(0, count))
+        if not parts[-1]: posix._exit(0)
+        count -= len(parts[-1])
+    return b"".join(parts)
+modules, layout, job = marshal.loads(read(int.from_bytes(read(8), "little")))
+for name, code in modules:
+    module = sys.modules[name] = type(sys)(name)
+    if code: exec(code, module.__dict__)
+if layout: sys.modules["vibejax.verifiers.namespaces"].enter(layout)
+sys.modules["vibejax.verifiers.harness"].main(job)
+"""
+PROBE = """
+import os, socket
+escapes = []
+def attempt(what, action):
+    try: action()
+    except OSError: return
+    escapes.append(what)
+attempt("reads /etc/passwd", lambda: open("/etc/passwd"))
+attempt("reads /proc", lambda: os.listdir("/proc"))
+attempt("writes outside of /tmp", lambda: open("/file", "w"))
+attempt("opens a socket", lambda: socket.socket(socket.AF_UNIX))
+attempt("forks", lambda: os.fork() or os._exit(0))
+with open("/tmp/file", "w") as file: file.write("x")
+if os.environ: escapes.append("sees the environment")
+print("escapes:", *escapes, sep=", ")
+"""
+
+
+class SandboxUnavailableError(RuntimeError):
+    """There is no way to confine a program on this machine."""
+
+
+class SandboxBrokenError(RuntimeError):
+    """The sandbox failed, not the solution in it."""
+
+
+class Backend(NamedTuple):
+    """A way to confine: its name, and whether it takes a user namespace."""
+
+    name: str
+    user_namespace: bool
+
+
+class Ended(NamedTuple):
+    """How a test ended.
+
+    Attributes:
+        how: harness.EXITED, SIGNALLED or TIMED_OUT.
+        value: exit status or signal.
+        reply: what was printed (program), returned (call) or found (assert).
+        errors: the end of the solution's standard error.
+    """
+
+    how: int
+    value: int
+    reply: bytes
+    errors: bytes
+
+
+class Sandbox:
+    """One running sandbox; a context manager that leaves no process behind."""
+
+    def __init__(self, backend: Backend, job: Mapping[str, Any]):
+        """Starts the sandbox.
+
+        Args:
+            backend: see `find_backend`.
+            job: `kind`, `source`, `setup`, `function` or `names`, `preload` and `output_bytes` of
+                `harness.main`, and `memory_bytes`, the address space of a test's process.
+
+        Raises:
+            SandboxBrokenError: it did not start.
+        """
+        self._most_bytes = max(job["output_bytes"], harness.ERROR_TAIL_BYTES)
+        job = {
+            **job,
+            "limits": _limits(job["memory_bytes"], job["output_bytes"]),
+            "filter": seccomp.build(platform.machine()),
+            "uid": None if backend.user_namespace or backend.name == NOTHING else _unused_uid(),
+        }
+        layout = _layout()
+        command = [layout["python"], *INTERPRETER_FLAGS, "-c", BOOTSTRAP]
+        if backend.name == BUBBLEWRAP:
+            command = [*_bubblewrap(layout, backend.user_namespace), "--", *command]
+        enter = layout | {"user": backend.user_namespace} if backend.name == NAMESPACES else None
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
+        )
+        try:
+            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+                os.set_blocking(pipe.fileno(), False)
+            first = marshal.dumps((_modules(), enter, job))
+            deadline = time.monotonic() + GRACE_S
+            self._write(plain.words(len(first)) + first, deadline)
+            self._read_words(1, deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Sandbox":
+        """Returns the sandbox."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the sandbox."""
+        self.close()
+
+    def run(self, body: bytes, seconds: float) -> Ended:
+        """Runs one test.
+
+        Args:
+            body: standard input (program), arguments (call) or test code (assert).
+            seconds: wall clock after which the test's process is killed.
+
+        Raises:
+            SandboxBrokenError: the harness did not report.
+        """
+        deadline = time.monotonic() + seconds + GRACE_S
+        self._write(plain.words(round(seconds * 1_000), len(body)) + body, deadline)
+        how, value, reply, errors = self._read_words(4, deadline)
+        if reply + errors > 2 * self._most_bytes:
+            raise SandboxBrokenError(f"the harness announces {reply} + {errors} bytes")
+        return Ended(how, value, self._read(reply, deadline), self._read(errors, deadline))
+
+    def close(self) -> None:
+        """Ends every process of the sandbox."""
+        with self._process as process:
+            process.stdin.close()  # the harness leaves
+            try:
+                process.wait(CLOSE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _write(self, data: bytes, deadline: float) -> None:
+        view, fd = memoryview(data), self._process.stdin.fileno()
+        while view:
+            self._wait(fd, select.POLLOUT, deadline)
+            try:
+                view = view[os.write(fd, view) :]
+            except BrokenPipeError:
+                raise self._broken("ended") from None
+
+    def _read(self, count: int, deadline: float) -> bytes:
+        parts, fd = [], self._process.stdout.fileno()
+        while count:
+            self._wait(fd, select.POLLIN, deadline)
+            part = os.read(fd, min(count, 2**20))
+            if not part:
+                raise self._broken("ended")
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
+
+    def _read_words(self, count: int, deadline: float) -> list[int]:
+        data = self._read(count * plain.WORD, deadline)
+        starts = range(0, len(data), plain.WORD)
+        return [int.from_bytes(data[i : i + plain.WORD], "little") for i in starts]
+
+    def _wait(self, fd: int, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(fd, event)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1_000):
+            raise self._broken("does not answer")
+
+    def _broken(self, what: str) -> SandboxBrokenError:
+        try:
+            errors = os.read(self._process.stderr.fileno(), 2**16).decode(errors="replace")
+        except BlockingIOError:
+            errors = ""
+        return SandboxBrokenError(": ".join([f"the sandbox {what}", *errors.split("\n")[-2:-1]]))
+
+
+def find_backend(wanted: str = "auto", *, allow_unsandboxed: bool = False) -> Backend:
+    """Returns the first way of confining that holds a program which tries to get out.
+
+    Args:
+        wanted: auto, bubblewrap or namespaces.
+        allow_unsandboxed: whether, where nothing else works, limits and the system-call filter
+            are enough. A solution may then read and delete whatever this user may.
+
+    Raises:
+        ValueError: `wanted` is unknown.
+        SandboxUnavailableError: nothing works; says what was tried and why it failed.
+    """
+    if wanted not in ("auto", BUBBLEWRAP, NAMESPACES):
+        raise ValueError(f"sandbox = {wanted!r}: must be auto, {BUBBLEWRAP} or {NAMESPACES}")
+    failures = []
+    for name in (BUBBLEWRAP, NAMESPACES) if wanted == "auto" else (wanted,):
+        backend, why = _probe(name)
+        if backend:
+            return backend
+        failures.append(f"{name}: {why}")
+    if allow_unsandboxed:
+        return Backend(NOTHING, False)
+    raise SandboxUnavailableError(
+        f"no sandbox for model-written code ({'; '.join(failures)}). Install bubblewrap, or allow "
+        "unprivileged user namespaces (in a container: run it with CAP_SYS_ADMIN, or without its "
+        "seccomp and AppArmor profiles), or accept the danger with allow_unsandboxed = true"
+    )
+
+
+@functools.cache
+def _probe(name: str) -> tuple[Backend | None, str]:
+    """Tries one way of confining; returns it, or why it does not work."""
+    if name == BUBBLEWRAP and shutil.which("bwrap") is None:
+        return None, "not installed"
+    job = {"kind": "program", "source": PROBE, "setup": "", "preload": []}
+    job |= {"memory_bytes": 2**29, "output_bytes": 2**16}
+    why = []
+    for user_namespace in (False, True) if os.getuid() == 0 else (True,):
+        backend = Backend(name, user_namespace)
+        try:
+            with Sandbox(backend, job) as sandbox:
+                ended = sandbox.run(b"", seconds=GRACE_S)
+        except (SandboxBrokenError, OSError, ValueError) as error:
+            why.append(str(error))
+            continue
+        found = (ended.reply or ended.errors).decode(errors="replace").strip()
+        if found == "escapes:":
+            return backend, ""
+        why.append(f"does not confine ({found[-200:]})")
+    return None, ", ".join(why)
+
+
+def _limits(memory_bytes: int, output_bytes: int) -> dict[int, int]:
+    return {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_NPROC: THREADS,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_FSIZE: output_bytes,
+        resource.RLIMIT_STACK: STACK_BYTES,
+        resource.RLIMIT_CORE: 0,
+    }
+
+
+def _unused_uid() -> int:
+    """Returns a user id that is nobody's, different for sandboxes that run at the same time."""
+    ranges = [tuple(map(int, x.split())) for x in Path("/proc/self/uid_map").open()]
+    for first, count in UNUSED_UIDS:
+        uid = first + os.getpid() % count
+        if any(start <= uid < start + size for start, _, size in ranges):
+            return uid
+    return NOBODY
+
+
+@functools.cache
+def _modules() -> list[tuple[str, types.CodeType | None]]:
+    """Returns names and code of the modules that a sandbox runs."""
+    names = [f"{PACKAGES[-1]}.{name}" for name in MODULES]
+    specs = [importlib.util.find_spec(name) for name in names]
+    codes = [spec.loader.get_code(spec.name) for spec in specs]
+    return [*((name, None) for name in PACKAGES), *zip(names, codes, strict=True)]
+
+
+@functools.cache
+def _layout() -> dict[str, Any]:
+    """Returns what a sandbox sees; see `namespaces.enter`."""
+    python = os.path.realpath(sys.executable)
+    system = [Path("/lib"), Path("/lib64"), Path("/usr/lib"), Path("/usr/lib64")]
+    links = {str(path): os.readlink(path) for path in system if path.is_symlink()}
+    folders = {path for path in system if path.is_dir() and not path.is_symlink()}
+    for prefix in (sys.base_prefix, sys.base_exec_prefix):
+        folders.add(Path(prefix).resolve() / "lib")
+    zones = Path("/usr/share/zoneinfo")
+    folders |= {zones.resolve()} if zones.is_dir() else set()
+    masks = {mask for folder in folders for mask in folder.glob("python3*/*-packages")}
+    cache = "/etc/ld.so.cache"
+    return {
+        "python": python,
+        "folders": sorted(map(str, folders)),
+        "files": [python, *([cache] if os.path.exists(cache) else [])],
+        "links": links,
+        "masks": sorted(str(mask) for mask in masks if not mask.is_symlink()),
+        "devices": ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"],
+        "tmp_bytes": TMP_BYTES,
+        "pivot_root": seccomp.number("pivot_root", platform.machine()),
+    }
+
+
+def _bubblewrap(layout: Mapping[str, Any], user_namespace: bool) -> list[str]:
+    """Returns the command that runs what follows it in the layout."""
+    command = ["bwrap", "--die-with-parent", "--as-pid-1", "--new-session", "--chdir", "/tmp"]
+    command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command += ["--unshare-cgroup-try", "--hostname", "sandbox", "--cap-drop", "ALL"]
+    if user_namespace:
+        command += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
+    else:  # what the harness needs to change its user; it loses both by that
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    command += ["--perms", "1777", "--size", str(layout["tmp_bytes"]), "--tmpfs", "/tmp"]
+    shown = (*layout["folders"], *layout["files"])
+    # Made by bubblewrap itself, the parents of a path that only root may enter would be like it.
+    for parent in sorted({str(parent) for path in shown for parent in Path(path).parents}):
+        command += ["--perms", "0755", "--dir", parent]
+    for path in shown:
+        command += ["--ro-bind", path, path]
+    for path in layout["masks"]:
+        command += ["--perms", "0555", "--size", "4096", "--tmpfs", path, "--remount-ro", path]
+    for path in layout["devices"]:
+        command += ["--dev-bind", path, path]
+    for path, target in layout["links"].items():
+        command += ["--symlink", target, path]
+    return [*command, "--remount-ro", "/"]
