@@ -2,19 +2,26 @@
 
 The comparison goes from the exact and fast to the symbolic: one spelling (`math_text`), numbers
 and units (`math_quantity`), lists, sets, intervals, matrices and relations part by part
-(`math_structure`), and for single expressions math-verify on sympy (`math_symbolic`). It sets no
-time limit of its own: the pool that runs it does, in another process.
+(`math_tree`, `math_compare`, `math_intervals`), and for single expressions math-verify on sympy
+(`math_symbolic`). It sets no time limit of its own: the pool that runs it does, in another process.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from vibejax.verifiers import Outcome, Verdict, math_structure, math_symbolic, math_text
+from vibejax.verifiers import (
+    Outcome,
+    Verdict,
+    math_compare,
+    math_symbolic,
+    math_text,
+    math_tree,
+)
 from vibejax.verifiers.thinking import after_thinking
 
 MAX_ANSWER_CHARS = 1_000  # no ground truth is longer, and parsers are not linear
-MAX_BRACKETS = math_structure.MAX_DEPTH
+MAX_BRACKETS = math_tree.MAX_DEPTH
 
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{|\\[{}]|[{}]")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,8}\{")
@@ -78,7 +85,7 @@ def equivalent(answer: str, ground_truth: str | int | float) -> bool:
         return True
     if max((*math_text.depths(a), *math_text.depths(b))) > MAX_BRACKETS:
         return False
-    return math_structure.equal(math_structure.read(a), math_structure.read(b))
+    return math_compare.equal(math_tree.read(a), math_tree.read(b))
 
 
 def verify(record: Mapping[str, Any], completion: str) -> Verdict:

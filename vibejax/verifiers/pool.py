@@ -13,34 +13,24 @@ depends on the main thread, on signals, or on what the trainer has imported.
 
 import atexit
 import collections
-import contextlib
 import dataclasses
 import json
-import math
 import os
-import select
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vibejax.verifiers import Outcome, Verdict
 from vibejax.verifiers import worker as protocol
+from vibejax.verifiers.slot import Job, Slot, VerifierFailure
+from vibejax.verifiers.worker_process import WorkerProcess
 
-START_LIMIT_S = 60.0  # a start or an import beyond this is a broken machine, not a slow item
-START_ATTEMPTS = 3
-MAX_LINE_BYTES = 2**20  # a worker that writes more than this a line no longer follows the protocol
 FAILURE_WINDOW = 200  # the failure rate is that of the latest items: a late breakdown shows too
 FAILURE_MIN_ITEMS = 50
 
 
-class VerifierFailure(RuntimeError):  # noqa: N818 - it names an outcome of the run
-    """So many verifications failed, or workers did not start, that rewards mean nothing."""
+class _ClosedError(Exception):
+    """The pool was closed under a slot."""
 
 
 @dataclasses.dataclass
@@ -54,9 +44,7 @@ class _Inbox:
 @dataclasses.dataclass(frozen=True)
 class _Item:
     key: Hashable
-    request: bytes
-    names: list[str]
-    limit_s: float
+    job: Job
     inbox: _Inbox
 
 
@@ -86,8 +74,8 @@ class Pool:
         Args:
             workers: worker processes that run at the same time.
             limit_s: wall clock of one item, seconds, from the moment its verifier starts.
-            limits_s: verifier name -> limit where `limit_s` does not fit; limits of combined
-                verifiers add up.
+            limits_s: verifier name -> limit where `limit_s` does not fit, beyond those of
+                `worker.LIMITS_S`; the limits of combined verifiers add up.
             memory_mb: address space of a worker, MiB.
             recycle_after: items after which a worker is replaced; sympy's caches only grow.
             queue_size: items that may wait; beyond, `submit` blocks.
@@ -98,7 +86,7 @@ class Pool:
         Raises:
             ValueError: a number out of range, or a setting of an unknown verifier.
         """
-        limits_s, settings = dict(limits_s or {}), dict(settings or {})
+        limits_s, settings = {**protocol.LIMITS_S, **(limits_s or {})}, dict(settings or {})
         for name, value, least in (
             ("workers", workers, 1),
             ("recycle_after", recycle_after, 1),
@@ -133,7 +121,7 @@ class Pool:
         self._waiting: collections.deque[_Item] = collections.deque()
         self._inbox = _Inbox()
         self._recent: collections.deque[bool] = collections.deque(maxlen=FAILURE_WINDOW)
-        self._workers: set[_Worker] = set()
+        self._workers: set[WorkerProcess] = set()
         self._error: BaseException | None = None
         self._closed = False
         self._slots = [
@@ -227,7 +215,7 @@ class Pool:
         except TypeError as error:
             raise ValueError(f"record {record!r:.80} is not plain JSON: {error}") from error
         limit_s = sum(self._limits_s.get(name, self._limit_s) for name in names)
-        item = _Item(key, request.encode() + b"\n", names, limit_s, inbox)
+        item = _Item(key, Job(request.encode() + b"\n", names, limit_s), inbox)
         with self._lock:
             while len(self._waiting) >= self._queue_size and not (self._closed or self._error):
                 self._has_room.wait()
@@ -274,10 +262,10 @@ class Pool:
     # What follows runs in the slots' threads.
 
     def _serve(self) -> None:
-        slot = _Slot(self._start, self._end, self._recycle_after)
+        slot = Slot(self._start, self._end, self._recycle_after)
         try:
             while (item := self._next()) is not None:
-                verdict = slot.verify(item)
+                verdict = slot.verify(item.job)
                 with self._lock:
                     if self._closed:
                         return
@@ -305,219 +293,19 @@ class Pool:
             self._has_room.notify()
             return self._waiting.popleft()
 
-    def _start(self) -> "_Worker":
+    def _start(self) -> WorkerProcess:
         with self._lock:  # so that `close` sees every worker
             if self._closed:
                 raise _ClosedError
-            worker = _Worker(self._options)
+            worker = WorkerProcess(self._options)
             self._workers.add(worker)
             return worker
 
-    def _end(self, worker: "_Worker") -> None:
+    def _end(self, worker: WorkerProcess) -> None:
         with self._lock:
             self._workers.discard(worker)
             worker.kill()
         worker.bury()
-
-
-class _ClosedError(Exception):
-    """The pool was closed under a slot."""
-
-
-class _DiedError(Exception):
-    """A worker closed its output or broke the protocol."""
-
-
-class _LateError(Exception):
-    """A worker said nothing in time."""
-
-
-class _Slot:
-    """One worker at a time, its replacement, and the item it runs."""
-
-    def __init__(
-        self, start: Callable[[], "_Worker"], end: Callable[["_Worker"], None], recycle_after: int
-    ):
-        self._start, self._end_worker, self._recycle_after = start, end, recycle_after
-        self._worker: _Worker | None = None
-        self._understudy: _Worker | None = None
-
-    def end(self) -> None:
-        for worker in (self._worker, self._understudy):
-            if worker is not None:
-                self._end_worker(worker)
-        self._worker = self._understudy = None
-
-    def verify(self, item: _Item) -> Verdict:
-        """Returns the item's verdict, whatever its worker does."""
-        worker = self._begin(item)
-        begin = time.monotonic()
-        deadline = begin + item.limit_s
-        try:
-            try:
-                message = worker.receive(begin + item.limit_s / 2)
-            except _LateError:
-                self._prepare(item)
-                message = worker.receive(deadline)
-            verdict = _verdict(message)
-        except _LateError:
-            self._retire()
-            return _failure(Outcome.TIMEOUT, f"no verdict after {item.limit_s:g} s")
-        except _DiedError as error:
-            self._end_worker(worker)
-            self._worker = None
-            return _failure(*worker.cause(error))
-        worker.served += 1
-        if worker.served >= self._recycle_after or verdict.outcome is Outcome.MEMORY:
-            self._retire()
-        return verdict
-
-    def _begin(self, item: _Item) -> "_Worker":
-        """Hands the item to a worker and returns once its clock runs.
-
-        A worker that dies before it has started the item did not die of it: another is tried.
-        """
-        for _attempt in range(START_ATTEMPTS):
-            if self._worker is None:
-                self._worker, self._understudy = self._understudy or self._start(), None
-            worker = self._worker
-            deadline = time.monotonic() + START_LIMIT_S
-            try:
-                worker.send(item.request, deadline)
-                while (message := worker.receive(deadline)).get("event") != "started":
-                    if message.get("event") == "verdict":
-                        raise VerifierFailure(
-                            f"verifier {'+'.join(item.names)} does not load: {message['detail']}"
-                        )
-                return worker
-            except (_DiedError, _LateError) as error:
-                self._retire()
-                reason = f"{error or type(error).__name__} {worker.last_words}".strip()
-        raise VerifierFailure(
-            f"{START_ATTEMPTS} worker processes in a row did not start an item of "
-            f"verifier {'+'.join(item.names)}: {reason}"
-        )
-
-    def _prepare(self, item: _Item) -> None:
-        if self._understudy is None:
-            self._understudy = self._start()
-            load = json.dumps({"load": item.names}).encode() + b"\n"
-            with contextlib.suppress(_DiedError, _LateError):  # found out when it is needed
-                self._understudy.send(load, time.monotonic() + 1)
-
-    def _retire(self) -> None:
-        self._end_worker(self._worker)
-        self._worker = None
-
-
-class _Worker:
-    """A worker process, its pipes and what it said."""
-
-    def __init__(self, options: str):
-        self.served = 0
-        self.last_words = ""
-        self._killed = False
-        self._buffer = bytearray()
-        self._errors = tempfile.TemporaryFile()
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
-            # -P: the working directory may hold a file named like a module
-            [sys.executable, "-P", "-m", "vibejax.verifiers.worker", options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is the owner's to handle; a group that can be killed
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-        )
-        os.set_blocking(self.process.stdin.fileno(), False)
-        self._input = select.poll()
-        self._input.register(self.process.stdin, select.POLLOUT)
-        self._output = select.poll()
-        self._output.register(self.process.stdout, select.POLLIN)
-
-    def send(self, data: bytes, deadline: float) -> None:
-        """Writes a request; `deadline` in seconds of the monotonic clock."""
-        view = memoryview(data)
-        while view:
-            if not self._input.poll(_milliseconds(deadline)):
-                raise _LateError
-            try:
-                view = view[os.write(self.process.stdin.fileno(), view) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError as error:
-                raise _DiedError("input closed") from error
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        """Returns the next message; `deadline` in seconds of the monotonic clock."""
-        while (end := self._buffer.find(b"\n")) < 0:
-            if len(self._buffer) > MAX_LINE_BYTES:
-                raise _DiedError("line too long")
-            # A slot that was kept from running looks once more before it calls a worker late.
-            if not self._output.poll(_milliseconds(deadline)):
-                raise _LateError
-            chunk = os.read(self.process.stdout.fileno(), 2**16)
-            if not chunk:
-                raise _DiedError("output closed")
-            self._buffer += chunk
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        try:
-            message = json.loads(line)
-        except ValueError as error:
-            raise _DiedError("not JSON") from error
-        if not isinstance(message, dict):
-            raise _DiedError("not a message")
-        return message
-
-    def kill(self) -> None:
-        """Kills the worker and all it started; safe to call twice, before `bury`."""
-        if not self._killed:
-            self._killed = True
-            with contextlib.suppress(ProcessLookupError):
-                # not yet waited for, so the id cannot have gone to another process
-                os.killpg(self.process.pid, signal.SIGKILL)
-
-    def bury(self) -> None:
-        """Waits for the killed process and closes its files."""
-        self.process.wait()
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 2000))
-        text = self._errors.read().decode(errors="replace").strip()
-        self.last_words = text.splitlines()[-1][:300] if text else ""
-        for file in (self.process.stdin, self.process.stdout, self._errors):
-            file.close()
-
-    def cause(self, error: _DiedError) -> tuple[Outcome, str]:
-        """Says of a worker that was buried how it died."""
-        words = f"{error}; {self.last_words}".rstrip("; ")
-        # GMP and the C library abort with this text where Python would raise MemoryError
-        memory = "Cannot allocate memory" in words or "MemoryError" in words
-        return (Outcome.MEMORY if memory else Outcome.CRASH), f"worker died: {words}"
-
-
-def _verdict(message: dict[str, Any]) -> Verdict:
-    """Checks what a worker sent: model output may have taken it over."""
-    try:
-        if message.pop("event") != "verdict" or not isinstance(message["correct"], bool):
-            raise _DiedError("not a verdict")
-        reward = float(message["reward"])
-        if not math.isfinite(reward):
-            raise _DiedError(f"reward {reward}")
-        return Verdict(
-            correct=message["correct"],
-            reward=reward,
-            outcome=Outcome(message["outcome"]),
-            answer=message["answer"],
-            detail=str(message["detail"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _DiedError(f"malformed verdict: {error}") from error
-
-
-def _failure(outcome: Outcome, detail: str) -> Verdict:
-    return Verdict(correct=False, reward=0.0, outcome=outcome, detail=detail)
 
 
 def _plain(value: Any) -> Any:
@@ -525,7 +313,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not JSON serializable")
-
-
-def _milliseconds(deadline: float) -> float:
-    return max(0.0, (deadline - time.monotonic()) * 1000)

@@ -39,6 +39,10 @@ MODULES = {
 """Verifier name -> module with `verify(record, completion, **settings) -> Verdict`, imported on
 first use; a module may also have `load()`, which imports what should not count as verifying."""
 
+LIMITS_S = {"code": 45.0, "rubric": 180.0}
+"""Seconds that the pool allows verifiers which keep to limits of their own: code runs its tests for
+at most 30 s and needs some more to call its sandbox broken, a judge is asked again after errors."""
+
 TRUTH_FIELDS = {"math": ("ground_truth",), "choice": ("ground_truth",)}
 """Fields without which a record of that verifier cannot be verified; the other verifiers read
 several published record formats and check for themselves."""
@@ -160,8 +164,9 @@ def confine(memory_mb: int, parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above took effect
         raise SystemExit(1)
-    limit = memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    # a soft limit: what a verifier starts in a sandbox may be given another
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
