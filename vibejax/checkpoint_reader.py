@@ -20,7 +20,7 @@ from vibejax.gguf_reader import GGUFFile
 from vibejax.qwen2 import ModelConfig, ParamInfo
 from vibejax.safetensors_folder import SafetensorsFolder, Tensor, read_json
 
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 16 << 20
 _QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
@@ -207,6 +207,6 @@ def cast(piece: np.ndarray, dtype: np.dtype, path: Path, name: str) -> np.ndarra
         return piece.astype(dtype)
     wide = piece.astype(np.float32)
     largest = float(np.max(np.abs(wide), initial=0.0))
-    if largest > np.finfo(np.float16).max:
+    if largest > float(np.finfo(np.float16).max):
         raise CheckpointError(f"{path}: tensor {name} holds {largest:g}, beyond float16")
     return wide.astype(dtype)

@@ -95,7 +95,7 @@ def load_params(path: Path, config: ModelConfig, mesh: Mesh | None, dtype: Any) 
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             index = tuple(
-                slice(*part.indices(size)) for part, size in zip(index, info.shape, strict=True)
+                slice(*part.indices(size)[:2]) for part, size in zip(index, info.shape, strict=True)
             )
             key = tuple((part.start, part.stop) for part in index)
             if key not in shards:
