@@ -56,7 +56,8 @@ def token_logprobs(
     """The log-probability and the entropy of the distribution of each target.
 
     The logits are products of x's dtype accumulated in float32; softmax statistics are float32.
-    Tokens of which no value is needed are moved to the end of their row, and chunks that hold nothing else are skipped.
+    Tokens of which no value is needed are moved to the end of their row, and chunks that hold
+    nothing else are skipped.
 
     Args:
         x_BTE: [B, T, E] outputs of the model.
@@ -121,15 +122,18 @@ def _local_forward(settings, sharded, x_BTE, head_VE, target_BT, needed_BT):
     def chunk(x_BCE, target_BC):
         logit_BCV, is_target_BCV = _logits(settings, x_BCE, head_VE, target_BC, first_id)
         largest_BC = _reduce(jax.lax.pmax, sharded, jnp.max(logit_BCV, axis=-1))
-        exp_BCV = jnp.exp(logit_BCV - largest_BC[..., None])
+        # Sums of differences from the largest: those of the logits would cancel when subtracted.
+        logit_BCV -= largest_BC[..., None]
+        exp_BCV = jnp.exp(logit_BCV)
         sums = (
             jnp.sum(exp_BCV, axis=-1),
             jnp.sum(exp_BCV * logit_BCV, axis=-1),
             jnp.sum(jnp.where(is_target_BCV, logit_BCV, 0.0), axis=-1),
         )
         mass_BC, weighted_BC, target_logit_BC = _reduce(jax.lax.psum, sharded, sums)
-        lse_BC = largest_BC + jnp.log(mass_BC)
-        return target_logit_BC - lse_BC, lse_BC - weighted_BC / mass_BC, lse_BC
+        log_mass_BC = jnp.log(mass_BC)
+        entropy_BC = log_mass_BC - weighted_BC / mass_BC
+        return target_logit_BC - log_mass_BC, entropy_BC, largest_BC + log_mass_BC
 
     split, join = _chunks(settings, needed_BT)
 
