@@ -127,9 +127,10 @@ def verify(
     for name, value in (("seconds", seconds), ("total_seconds", total_seconds)):
         if not value > 0:
             raise ValueError(f"{name} = {value!r}: must be above 0")
+    least = {"memory_bytes": 2**26, "output_bytes": 2**10}  # Python alone takes 20 MiB
     for name, value in (("memory_bytes", memory_bytes), ("output_bytes", output_bytes)):
-        if value < 2**20:
-            raise ValueError(f"{name} = {value!r}: must be at least 1 MiB")
+        if value < least[name]:
+            raise ValueError(f"{name} = {value!r}: must be at least {least[name]}")
     tests = code_tests.read(record)
     way = sandbox.find_backend(backend, allow_unsandboxed=allow_unsandboxed)
     source = extract(completion)

@@ -66,6 +66,8 @@ def run_program(job: dict) -> None:
         load_solution(job)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if status and status is not error.code:
+            print(error.code, file=sys.stderr)
     except BaseException as error:
         sys.__excepthook__(type(error), error, error.__traceback__)
         status = 1

@@ -16,6 +16,7 @@ is found out by running a program that tries to get out.
 
 import functools
 import importlib.util
+import itertools
 import marshal
 import os
 import platform
@@ -42,6 +43,7 @@ OPEN_FILES = 64
 STACK_BYTES = 112 * 2**20  # the kernel keeps 128 MiB of address space free for it
 UNUSED_UIDS = (2_000_000_000, 2**27), (61_184, 4_336)  # first, count: assigned to no user anywhere
 NOBODY = 65_534
+_sandboxes = itertools.count()
 
 INTERPRETER_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # -I -S, but for a fixed hash seed
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # one program, one output; gone before a solution runs
@@ -186,12 +188,14 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends every process of the sandbox."""
-        with self._process as process:
+        with self._process as process:  # which reaps it
             process.stdin.close()  # the harness leaves
-            try:
-                process.wait(CLOSE_S)
-            except subprocess.TimeoutExpired:
+            pidfd = os.pidfd_open(process.pid)
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(CLOSE_S * 1_000):
                 os.killpg(process.pid, signal.SIGKILL)
+            os.close(pidfd)
 
     def _write(self, data: bytes, deadline: float) -> None:
         view, fd = memoryview(data), self._process.stdin.fileno()
@@ -297,9 +301,11 @@ def _limits(memory_bytes: int, output_bytes: int) -> dict[int, int]:
 
 def _unused_uid() -> int:
     """Returns a user id that is nobody's, different for sandboxes that run at the same time."""
-    ranges = [tuple(map(int, x.split())) for x in Path("/proc/self/uid_map").open()]
+    lines = Path("/proc/self/uid_map").read_text().splitlines()
+    ranges = [tuple(map(int, line.split())) for line in lines]
+    number = os.getpid() * 64 + next(_sandboxes) % 64
     for first, count in UNUSED_UIDS:
-        uid = first + os.getpid() % count
+        uid = first + number % count
         if any(start <= uid < start + size for start, _, size in ranges):
             return uid
     return NOBODY
@@ -341,7 +347,8 @@ def _layout() -> dict[str, Any]:
 
 def _bubblewrap(layout: Mapping[str, Any], user_namespace: bool) -> list[str]:
     """Returns the command that runs what follows it in the layout."""
-    command = ["bwrap", "--die-with-parent", "--as-pid-1", "--new-session", "--chdir", "/tmp"]
+    command = [str(shutil.which("bwrap")), "--die-with-parent", "--as-pid-1", "--new-session"]
+    command += ["--chdir", "/tmp"]
     command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--hostname", "sandbox", "--cap-drop", "ALL"]
     if user_namespace:
@@ -351,7 +358,8 @@ def _bubblewrap(layout: Mapping[str, Any], user_namespace: bool) -> list[str]:
     command += ["--perms", "1777", "--size", str(layout["tmp_bytes"]), "--tmpfs", "/tmp"]
     shown = (*layout["folders"], *layout["files"])
     # Made by bubblewrap itself, the parents of a path that only root may enter would be like it.
-    for parent in sorted({str(parent) for path in shown for parent in Path(path).parents}):
+    paths = (*shown, *layout["devices"])
+    for parent in sorted({str(parent) for path in paths for parent in Path(path).parents}):
         command += ["--perms", "0755", "--dir", parent]
     for path in shown:
         command += ["--ro-bind", path, path]
