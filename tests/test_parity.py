@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from qwen_bpe import PATTERN
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from vibejax import qwen2, tokenizer, weights
+from vibejax import gguf_tokenizer, qwen2, tokenizer, weights
 
 pytestmark = pytest.mark.parity
 
@@ -209,6 +211,10 @@ def test_smollm2_exported_answers_the_same_in_transformers(smollm2):
     # the whole text.
     choice_T = np.argmax(ours_BTV[0, len(prompt) - 1 : -1], axis=-1)
     assert choice_T.tolist() == ids[len(prompt) :].tolist()
+
+
+def test_qwens_words_are_those_of_transformers():
+    assert gguf_tokenizer._QWEN2 == PRETOKENIZE_REGEX == PATTERN
 
 
 def test_smollm2_tokenizer_equals_the_one_that_transformers_reads(smollm2):

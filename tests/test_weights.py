@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -237,6 +238,55 @@ def test_a_host_reads_the_slices_of_its_devices_only(tmp_path, monkeypatch):
     for name, tensor in read_folder(src).items():
         # Each slice once, however many devices hold it.
         assert sizes[name] == tensor.size, name
+
+
+TWO_HOSTS = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    import jax
+    jax.config.update("jax_num_cpu_devices", 2)
+    src, dst, address, process = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    jax.distributed.initialize(address, num_processes=2, process_id=process)
+    import numpy as np
+    from vibejax import weights
+    from vibejax.safetensors_folder import SafetensorsFolder
+    from vibejax.sharding import make_mesh
+    read = {}
+    original = SafetensorsFolder.read
+    def counted(self, name, rows, columns):
+        piece = original(self, name, rows, columns)
+        read[name] = read.get(name, 0) + piece.size
+        return piece
+    SafetensorsFolder.read = counted
+    config = weights.load_config(src)
+    params = weights.load_params(src, config, make_mesh({"fsdp": 4}), np.float32)
+    weights.save_params(params, config, dst, dtype="float32", source=src)
+    sizes = [read["model.layers.1.mlp.up_proj.weight"], read["model.embed_tokens.weight"]]
+    dst.with_name(f"read{process}").write_text(repr(sizes))
+""")
+
+
+def test_two_hosts_read_half_each_and_write_the_whole(tmp_path):
+    tensors = make_tensors(SETTINGS, "float32")
+    src = write_folder(tmp_path / "src", SETTINGS, tensors)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_HOSTS, src, tmp_path / "dst", address, str(process)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()},
+        )
+        for process in range(2)
+    ]
+    try:
+        assert [host.wait(timeout=120) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+    half = repr([24 * 16 // 2, 300 * 16 // 2])
+    assert [(tmp_path / f"read{process}").read_text() for process in range(2)] == [half, half]
+    assert_same(read_folder(tmp_path / "dst"), tensors)
 
 
 def test_an_axis_that_does_not_divide_is_named(tmp_path):

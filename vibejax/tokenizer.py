@@ -1,12 +1,10 @@
 """Text to token ids and back, and chats to prompts, exactly as the checkpoint says.
 
-A Hugging Face folder's tokenizer.json is obeyed as it is. From a GGUF file the byte-level BPE
-is rebuilt from its tokens, merges and the name of its pre-tokenizer. Chats are rendered with the
-checkpoint's own template (ChatML where it has none) in jinja2's sandbox, the way transformers
-does it.
+A Hugging Face folder's tokenizer.json is obeyed as it is; `gguf_tokenizer` rebuilds the one of a
+GGUF file. Chats are rendered with the checkpoint's own template (ChatML where it has none) in
+jinja2's sandbox, the way transformers does it.
 
-Source: transformers' utils/chat_template_utils.py; llama.cpp's llama-vocab.cpp for the
-pre-tokenizers behind the names of `tokenizer.ggml.pre`.
+Source: transformers' utils/chat_template_utils.py.
 """
 
 import dataclasses
@@ -22,8 +20,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from vibejax import gguf_tokenizer
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.gguf_reader import GGUFFile
 from vibejax.safetensors_folder import read_json, write_json
@@ -36,17 +34,6 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-# Numbers one digit at a time (Qwen2) or three at most (Llama 3).
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _WORDS.format(number=r"\p{N}")
-_LLAMA3 = _WORDS.format(number=r"\p{N}{1,3}")
-
-# GGUF's token types
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 # Private-use characters that stand around a control token which a message wrote.
 _MARK = re.compile("[\ue000\ue001]")
@@ -253,8 +240,11 @@ def _folder_eos(folder, backend, settings) -> tuple[int, ...]:
         value = _optional_json(folder / name).get("eos_token_id")
         if value is not None:
             ids = tuple(value) if isinstance(value, list) else (value,)
-            if not ids or not all(type(i) is int and i >= 0 for i in ids):
-                raise CheckpointError(f"{folder / name}: eos_token_id = {value!r} must be ids")
+            vocab = backend.get_vocab_size()
+            if not ids or not all(type(i) is int and 0 <= i < vocab for i in ids):
+                raise CheckpointError(
+                    f"{folder / name}: eos_token_id = {value!r} must be ids below {vocab}"
+                )
             return ids
     token = _token_text(settings.get("eos_token"))
     known = None if token is None else backend.token_to_id(token)
@@ -263,95 +253,13 @@ def _folder_eos(folder, backend, settings) -> tuple[int, ...]:
     return (known,)
 
 
-def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name in ("default", "gpt-2"):
-        return gpt2
-    if name == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    patterns = {"qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "llama-bpe": _LLAMA3}
-    if name not in patterns:
-        known = ", ".join(["default", "gpt-2", "smollm", *patterns])
-        raise CheckpointError(f"{path}: pre-tokenizer {name!r} is not supported ({known})")
-    split = pre_tokenizers.Split(Regex(patterns[name]), behavior="isolated")
-    return pre_tokenizers.Sequence([split, byte_level])
-
-
 def _from_gguf(file: GGUFFile) -> Tokenizer:
-    own = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in file.metadata.items()
-        if key.startswith("tokenizer.ggml.")
-    }
-    if own.get("model") != "gpt2" or "tokens" not in own or "merges" not in own:
-        raise CheckpointError(
-            f"{file.path}: tokenizer model {own.get('model')!r} is not supported (gpt2 with merges)"
-        )
-    tokens = own["tokens"]
-    kinds = own.get("token_type") or [1] * len(tokens)
-    name = own.get("pre", "default")
-    if len(kinds) != len(tokens):
-        raise CheckpointError(f"{file.path}: {len(kinds)} token types for {len(tokens)} tokens")
-    backend = byte_level_bpe(
-        {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED},
-        [tuple(merge.split(" ", 1)) for merge in own["merges"]],
-        _pre_tokenizer(name, file.path),
-        normalizers.NFC() if name in ("qwen2", "deepseek-r1-qwen") else None,
-        ignore_merges=name == "llama-bpe",
+    return Tokenizer(
+        backend=gguf_tokenizer.build_backend(file),
+        template=file.metadata.get("tokenizer.chat_template") or CHATML,
+        eos_ids=gguf_tokenizer.eos_ids(file),
+        settings=gguf_tokenizer.named_tokens(file),
     )
-    added = {_CONTROL: True, _USER_DEFINED: False}
-    backend.add_tokens(
-        [
-            AddedToken(token, special=added[kind], normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in added
-        ]
-    )
-    settings: dict[str, Any] = {}
-    for key, field in (
-        ("bos_token", "bos_token_id"),
-        ("eos_token", "eos_token_id"),
-        ("pad_token", "padding_token_id"),
-        ("unk_token", "unknown_token_id"),
-    ):
-        if field in own:
-            settings[key] = tokens[own[field]]
-    if own.get("add_bos_token") and "bos_token" in settings:
-        bos = settings["bos_token"]
-        backend.post_processor = processors.Sequence(
-            [
-                processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(
-                    single=f"{bos} $A", special_tokens=[(bos, own["bos_token_id"])]
-                ),
-            ]
-        )
-    ends = (own.get(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id"))
-    eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-    if not eos_ids:
-        raise CheckpointError(f"{file.path}: no tokenizer.ggml.eos_token_id")
-    template = file.metadata.get("tokenizer.chat_template") or CHATML
-    return Tokenizer(backend=backend, template=template, eos_ids=eos_ids, settings=settings)
-
-
-def byte_level_bpe(
-    vocab: dict[str, int],
-    merges: list[tuple[str, str]],
-    pre_tokenizer: pre_tokenizers.PreTokenizer,
-    normalizer: normalizers.Normalizer | None,
-    *,
-    ignore_merges: bool = False,
-) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer without added tokens."""
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
-    )
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def save(tokenizer: Tokenizer, dst: Path) -> None:

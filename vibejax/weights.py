@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from vibejax import checkpoint_config, qwen2, safetensors_folder, tokenizer
+from vibejax import checkpoint_config, gguf_tokenizer, qwen2, safetensors_folder, tokenizer
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.checkpoint_reader import (
     cast,
@@ -344,10 +344,21 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.dst.exists():
             raise CheckpointError(f"{parsed.dst}: exists; name a new folder")
         convert(src, parsed.dst, parsed.dtype)
+        if (parsed.dst / "tokenizer.json").exists():
+            _note_other_words(parsed.dst)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _note_other_words(dst: Path) -> None:
+    if not gguf_tokenizer.splits_like_qwen2(tokenizer.load(dst).backend):
+        print(
+            f"{dst}: note: AutoTokenizer of transformers 5 gives every qwen2 model Qwen's own "
+            "pre-tokenizer, which is not this one's; PreTrainedTokenizerFast reads it as it is",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
