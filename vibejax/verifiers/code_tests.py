@@ -51,7 +51,7 @@ PROGRAM, CALL, ASSERT = "program", "call", "assert"
 FORMATS = {"stdin": PROGRAM, "call": CALL, "assert": ASSERT}
 MAX_UNPACKED_BYTES = 2**29  # the largest tests of LiveCodeBench take a fifth of that
 MAX_NUMBER_CHARS = 100
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?", re.ASCII)
 _FRACTION = re.compile(r"[.eE]")
 _WORD = re.compile(r"[^\W\d]\w*")
 
