@@ -35,6 +35,33 @@ VOCAB_MULTIPLE = 128  # vocabulary rows are padded to it, so that `tensor` divid
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """An einsum with a weight, whose gradient is kept apart from what comes after it.
+
+    A weight's gradient sums over tokens, so one factor is read transposed. Without the barrier
+    XLA for CPUs computes the activation's derivative inside that transposing read, element by
+    element: a training step of the shipped policy then takes twice as long.
+    """
+    return _einsum(subscripts, x, w)
+
+
+def _project_forward(subscripts, x, w):
+    return _einsum(subscripts, x, w), (x, w)
+
+
+def _project_backward(subscripts, residuals, dy):
+    x, w = residuals
+    inputs, out_axes = subscripts.split("->")
+    x_axes, w_axes = inputs.split(",")
+    dy = jax.lax.optimization_barrier(dy)
+    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, w)
+    return dx, _einsum(f"{x_axes},{out_axes}->{w_axes}", x, dy)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes of one Qwen2.5 model; the defaults are Qwen2.5-Coder-3B's.
@@ -162,6 +189,13 @@ def head(params: Params) -> jax.Array:
     return params.get("head", params["embed"])
 
 
+def logits(params: Params, x_BE: jax.Array, config: ModelConfig) -> jax.Array:
+    """[B, V] float32 logits of the next token; ids that do not exist hold -1e30."""
+    head_VE = head(params).astype(x_BE.dtype)
+    logit_BV = _einsum("BE,VE->BV", x_BE, head_VE, preferred_element_type=jnp.float32)
+    return jnp.where((jnp.arange(config.vocab_rows) < config.vocab)[None], logit_BV, -1e30)
+
+
 def hidden_states(
     params: Params,
     token_BT: jax.Array,
@@ -200,11 +234,12 @@ def prefill(
     config: ModelConfig,
     *,
     dtype: Any = jnp.float32,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, Any]:
     """`hidden_states`, and the rotated keys and the values of every layer.
 
     Returns:
-        [B, T, E] of `dtype`; keys [L, B, K, D, T] and values [L, B, K, T, D], both of `dtype`.
+        [B, T, E] of `dtype`; keys [B, K, D, T] and values [B, K, T, D] of `dtype`: a list over
+        the layers where `params` are as `unstack` returns them, else stacked.
     """
     return _layers(params, token_BT, position_BT, segment_BT, config, dtype, "none", True)
 
@@ -219,12 +254,19 @@ def _layers(params, token_BT, position_BT, segment_BT, config, dtype, remat, kee
         q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config)
         a_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT)
         a_BTHD = checkpoint_name(a_BTHD, "attention_output")
-        x_BTE = x_BTE + _einsum("BTHD,HDE->BTE", a_BTHD, p["o"])
+        x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
         x_BTE = constrain(_mlp(x_BTE, p, config), "batch", "length", None)
         kv = (k_BTKD.transpose(0, 2, 3, 1), v_BTKD.swapaxes(1, 2)) if keep_kv else None
         return x_BTE, kv
 
-    x_BTE, kv = jax.lax.scan(_rematerialised(layer, remat), x_BTE, params["layers"])
+    layer = _rematerialised(layer, remat)
+    if isinstance(params["layers"], list):  # the sampler's copy
+        kv = []
+        for p in params["layers"]:
+            x_BTE, kv_of_layer = layer(x_BTE, p)
+            kv.append(kv_of_layer)
+    else:
+        x_BTE, kv = jax.lax.scan(layer, x_BTE, params["layers"])
     return _rms_norm(x_BTE, params["norm"], config.norm_epsilon), kv
 
 
@@ -290,7 +332,7 @@ def decode_step(
         k_BKDS = jax.lax.dynamic_update_slice(k_BKDS, k_BKD1, (0, 0, 0, column))
         v_BKSD = jax.lax.dynamic_update_slice(v_BKSD, v_BK1D, (0, 0, column, 0))
         a_BHD = decode_attention(q_B1HD[:, 0], k_BKDS, v_BKSD, visible_BS)
-        x_B1E = x_B1E + _einsum("BTHD,HDE->BTE", a_BHD[:, None], p["o"])
+        x_B1E = x_B1E + _project("BTHD,HDE->BTE", a_BHD[:, None], p["o"])
         x_B1E = _mlp(x_B1E, p, config)
         written.append((k_BKDS, v_BKSD))
     return _rms_norm(x_B1E, params["norm"], config.norm_epsilon)[:, 0], written
@@ -298,18 +340,18 @@ def decode_step(
 
 def _qkv(x_BTE, p, cos_BTD, sin_BTD, config):
     h_BTE = _rms_norm(x_BTE, p["attention_norm"], config.norm_epsilon)
-    q_BTHD = _einsum("BTE,EHD->BTHD", h_BTE, p["q"]) + p["q_bias"][None, None]
-    k_BTKD = _einsum("BTE,EKD->BTKD", h_BTE, p["k"]) + p["k_bias"][None, None]
-    v_BTKD = _einsum("BTE,EKD->BTKD", h_BTE, p["v"]) + p["v_bias"][None, None]
+    q_BTHD = _project("BTE,EHD->BTHD", h_BTE, p["q"]) + p["q_bias"][None, None]
+    k_BTKD = _project("BTE,EKD->BTKD", h_BTE, p["k"]) + p["k_bias"][None, None]
+    v_BTKD = _project("BTE,EKD->BTKD", h_BTE, p["v"]) + p["v_bias"][None, None]
     q_BTHD = constrain(_rotate(q_BTHD, cos_BTD, sin_BTD), "batch", "length", "heads", None)
     return q_BTHD, _rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
 
 
 def _mlp(x_BTE, p, config):
     h_BTE = _rms_norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
-    gate_BTF = jax.nn.silu(_einsum("BTE,EF->BTF", h_BTE, p["gate"]))
-    up_BTF = _einsum("BTE,EF->BTF", h_BTE, p["up"])
-    return x_BTE + _einsum("BTF,FE->BTE", gate_BTF * up_BTF, p["down"])
+    gate_BTF = jax.nn.silu(_project("BTE,EF->BTF", h_BTE, p["gate"]))
+    up_BTF = _project("BTE,EF->BTF", h_BTE, p["up"])
+    return x_BTE + _project("BTF,FE->BTE", gate_BTF * up_BTF, p["down"])
 
 
 def _rms_norm(x_BTE: jax.Array, scale_E: jax.Array, epsilon: float) -> jax.Array:

@@ -32,6 +32,10 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all of `MESH_AXES`; an axis that `sizes` leaves out has size 1.
 
+    Args:
+        sizes: devices on each axis.
+        devices: those to use; None takes the process's.
+
     Raises:
         ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """

@@ -202,8 +202,15 @@ def load(path: Path) -> Tokenizer:
     return _from_gguf(GGUFFile(path)) if path.is_file() else _from_folder(path)
 
 
-def _from_folder(folder: Path) -> Tokenizer:
-    file = folder / "tokenizer.json"
+def load_backend(path: Path) -> tokenizers.Tokenizer:
+    """Text to ids and back alone, of a folder or file as for `load`.
+
+    Raises:
+        CheckpointError: a file is missing or malformed.
+    """
+    if path.is_file():
+        return gguf_tokenizer.build_backend(GGUFFile(path))
+    file = path / "tokenizer.json"
     if not file.exists():
         raise CheckpointError(f"{file}: missing; only tokenizers in this form are read")
     try:
@@ -212,6 +219,11 @@ def _from_folder(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{file}: {error}") from None
     backend.no_truncation()  # lengths are the caller's business; nothing is cut off silently
     backend.no_padding()
+    return backend
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    backend = load_backend(folder)
     settings = _optional_json(folder / "tokenizer_config.json")
     return Tokenizer(
         backend=backend,

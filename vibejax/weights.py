@@ -22,6 +22,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
 from vibejax import checkpoint_config, gguf_tokenizer, qwen2, safetensors_folder, tokenizer
 from vibejax.checkpoint_config import CheckpointError
@@ -53,6 +54,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+)
+_OTHER_WORDS = (
+    "note: AutoTokenizer of transformers 5 gives every qwen2 model Qwen's own pre-tokenizer, "
+    "which is not this one's; PreTrainedTokenizerFast reads it as it is"
 )
 
 
@@ -247,6 +252,7 @@ def convert(src: Path, dst: Path, dtype: str | None, max_shard_bytes: float = 5e
     """
     checkpoint = open_checkpoint(src)
     check(checkpoint, checkpoint.config)
+    _backend(src)  # a broken tokenizer stops before the work
     held = checkpoint.source.tensors
     usual = held["model.embed_tokens.weight"].dtype
 
@@ -260,6 +266,13 @@ def convert(src: Path, dst: Path, dtype: str | None, max_shard_bytes: float = 5e
 
     tensors = [tensor_of(name, shape) for name, _, shape in hf_tensors(checkpoint.config)]
     _write_folder(dst, checkpoint.config, tensors, pieces, src, max_shard_bytes)
+
+
+def _backend(path: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, None for a folder without."""
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        return None
+    return tokenizer.load_backend(path)
 
 
 def _write_folder(
@@ -344,21 +357,13 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.dst.exists():
             raise CheckpointError(f"{parsed.dst}: exists; name a new folder")
         convert(src, parsed.dst, parsed.dtype)
-        if (parsed.dst / "tokenizer.json").exists():
-            _note_other_words(parsed.dst)
+        backend = _backend(parsed.dst)
+        if backend is not None and not gguf_tokenizer.splits_like_qwen2(backend):
+            print(f"{parsed.dst}: {_OTHER_WORDS}", file=sys.stderr)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def _note_other_words(dst: Path) -> None:
-    if not gguf_tokenizer.splits_like_qwen2(tokenizer.load(dst).backend):
-        print(
-            f"{dst}: note: AutoTokenizer of transformers 5 gives every qwen2 model Qwen's own "
-            "pre-tokenizer, which is not this one's; PreTrainedTokenizerFast reads it as it is",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,403 @@
+"""Every stage's configuration: frozen and strict, read from one TOML file each.
+
+A field that a file does not set keeps the default written here, so this module is the whole
+list of what can be configured. Unknown keys, wrong types and values out of range stop a run
+before any device is touched, all of them at once, each with its file, key, value and rule.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import sys
+import tomllib
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import Field
+
+C = TypeVar("C", bound="Section")
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class InputError(ValueError):
+    """Something the user gave that cannot be used; the message is all that needs to be shown."""
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be run; every line says which key and what to write."""
+
+
+class Section(pydantic.BaseModel):
+    """A table of a configuration file: no unknown keys, no conversions, no changes."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _field(default: Any, meaning: str) -> Any:
+    return Field(default=default, description=meaning)
+
+
+class MeshConfig(Section):
+    """How many devices lie on each mesh axis."""
+
+    data: Count = _field(1, "replicas of the whole state")
+    fsdp: Count = _field(1, "devices that share parameters, optimizer state and rows")
+    context: Count = _field(1, "devices that share the tokens of a row")
+    tensor: Count = _field(1, "devices that share heads, feed-forward width and vocabulary")
+
+
+class ModelSizes(Section):
+    """A model to create from random weights; the vocabulary is the tokenizer's."""
+
+    layers: Count = _field(4, "transformer layers")
+    width: Count = _field(128, "model width")
+    heads: Count = _field(4, "query heads")
+    kv_heads: Count = _field(2, "key/value heads; divides `heads`")
+    head_dim: Count = _field(32, "width of a head, even")
+    mlp: Count = _field(384, "feed-forward width")
+    rope_theta: Positive = _field(10_000.0, "base of the rotary wavelengths")
+    context: Count = _field(512, "positions")
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads} must divide heads = {self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even: pairs are rotated")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up, gradient clipping and a schedule."""
+
+    learning_rate: Positive = _field(1e-6, "peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = _field(
+        "constant", "course of the learning rate after warm-up, down to `final_learning_rate`"
+    )
+    final_learning_rate: NotNegative = _field(0.0, "learning rate at the last step")
+    warmup: NotNegative = _field(0.0, "share of all steps over which the rate rises from 0")
+    beta1: NotNegative = _field(0.9, "decay of the mean gradient")
+    beta2: NotNegative = _field(0.999, "decay of the mean square")
+    epsilon: Positive = _field(1e-8, "added to the root of the mean square")
+    weight_decay: NotNegative = _field(0.0, "decoupled decay of matrices; biases and norms: none")
+    clip_norm: Positive = _field(1.0, "largest global norm of the gradient")
+
+
+class TrainConfig(Section):
+    """How documents become rows and rows become gradients; no choice here changes the result."""
+
+    row_tokens: Count = _field(512, "tokens of a packed row, a multiple of mesh.context")
+    microbatch_rows: Count = _field(
+        4, "rows of one backward pass, a multiple of mesh.data x mesh.fsdp"
+    )
+    remat: Literal["none", "full", "attention", "offload"] = _field(
+        "none", "what is recomputed in the backward pass; see qwen2.hidden_states"
+    )
+    dtype: Dtype = _field("float32", "of the computation; masters and sums are float32 anyway")
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    prompts_per_step: Count = _field(128, "prompts N drawn for one step")
+    group_size: Annotated[int, Field(ge=2)] = _field(
+        16, "completions G of a prompt, at least 2: advantages compare a group"
+    )
+    max_prompt_tokens: Count = _field(2_048, "a longer prompt is an error that names it")
+    max_completion_tokens: Count = _field(65_536, "longest completion, stop token included")
+    temperature: Positive = _field(1.0, "divides the logits; 1 samples the policy itself")
+    top_p: Share = _field(1.0, "probability mass kept by nucleus sampling")
+    top_k: Annotated[int, Field(ge=0)] = _field(0, "likeliest tokens kept; 0 keeps all")
+    slots: Count = _field(64, "completions decoded at one time, at least group_size")
+
+    @pydantic.model_validator(mode="after")
+    def _group_fits(self):
+        if self.slots < self.group_size:
+            raise ValueError(
+                f"slots = {self.slots} must be at least group_size = {self.group_size}"
+            )
+        return self
+
+
+class ObjectiveConfig(Section):
+    """MGPO and what surrounds it (losses/mgpo.py, long2short.py, importance.py)."""
+
+    gamma: NotNegative = _field(1.0, "sharpness of MGPO's prompt weights; 0 is GRPO")
+    clip_low: Share = _field(0.2, "the ratio is clipped below 1 - clip_low")
+    clip_high: Positive = _field(0.28, "the ratio is clipped above 1 + clip_high")
+    updates: Count = _field(
+        1, "optimizer updates on the prompts of a step; the report's RL is on-policy: 1"
+    )
+    aggregation: Literal["sequence", "token", "constant"] = _field(
+        "sequence", "which mean over tokens the loss is: the report's, DAPO's or Dr. GRPO's"
+    )
+    long2short: NotNegative = _field(0.0, "lambda of Long2Short; the report's second stage: 0.2")
+    kl: NotNegative = _field(0.0, "weight of the KL divergence to the starting policy")
+    correction: Literal[
+        "token_truncate",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_mask",
+        "none",
+    ] = _field("token_truncate", "how the sampler's mismatch is corrected (losses/importance.py)")
+    correction_cap: Positive = _field(2.0, "largest weight of a truncating correction")
+    correction_low: NotNegative = _field(0.5, "masking keeps ratios from here ...")
+    correction_high: Positive = _field(2.0, "... to here")
+    max_mean_dlogp: Positive = _field(
+        0.1, "mean |sampler - trainer log-prob| in nats above which the run stops"
+    )
+
+
+class VerifierConfig(Section):
+    """The worker processes that verify completions."""
+
+    workers: Count = _field(2, "processes")
+    limit_s: Positive = _field(10.0, "wall clock of one verification, in seconds")
+    memory_mb: Count = _field(2_048, "address space of one process, in MiB")
+    max_failure_rate: Share = _field(0.1, "share of verifications that may fail before a stop")
+
+
+class EvalConfig(Section):
+    """Held-out evaluation during training."""
+
+    every: Annotated[int, Field(ge=0)] = _field(
+        0, "steps between evaluations; 0 evaluates only before the first and after the last"
+    )
+    prompts: Count = _field(512, "held-out prompts, the first of the file")
+    samples: Count = _field(1, "completions of each")
+    temperature: NotNegative = _field(1.0, "0 decodes greedily")
+    top_p: Share = _field(1.0, "probability mass kept by nucleus sampling")
+
+
+class CheckpointConfig(Section):
+    """What is kept to go on from."""
+
+    every: Count = _field(20, "steps between checkpoints; the last step is always saved")
+    keep: Count = _field(2, "newest checkpoints kept")
+
+
+class RlConfig(Section):
+    """One reinforcement-learning stage."""
+
+    policy: str = Field(description="MODEL to start from: HF folder, GGUF file or run folder")
+    prompts: str = Field(description="training prompts, JSONL or parquet")
+    heldout: str = _field("", "held-out prompts; empty: no evaluation")
+    out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
+    resume: bool = _field(False, "go on from the last checkpoint in `out`")
+    steps: Count = _field(1_000, "optimizer steps")
+    seed: Annotated[int, Field(ge=0)] = _field(0, "of the prompt order and of sampling")
+    drop_solved: bool = _field(
+        False, "before training, drop prompts whose group is all right or all wrong"
+    )
+    samples_per_step: Annotated[int, Field(ge=0)] = _field(
+        4, "completions written to samples.jsonl each step"
+    )
+    mesh: MeshConfig = MeshConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self):
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_completion_tokens
+        if self.train.row_tokens < longest:
+            raise ValueError(
+                f"train.row_tokens = {self.train.row_tokens} must be at least "
+                f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest}"
+            )
+        if self.rollout.prompts_per_step % self.objective.updates:
+            raise ValueError(
+                f"objective.updates = {self.objective.updates} must divide "
+                f"rollout.prompts_per_step = {self.rollout.prompts_per_step}"
+            )
+        return self
+
+
+class SftConfig(Section):
+    """One supervised fine-tuning stage."""
+
+    policy: str = _field("", "MODEL to start from; empty: random weights of the sizes in `model`")
+    tokenizer: str = _field("", "folder of the tokenizer, where the weights are random")
+    data: str = Field(description="JSONL or parquet of messages, or of prompt and completion")
+    out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
+    resume: bool = _field(False, "go on from the last checkpoint in `out`")
+    steps: Count = _field(1_000, "optimizer steps")
+    documents_per_step: Count = _field(128, "documents of one step")
+    seed: Annotated[int, Field(ge=0)] = _field(0, "of the weights and the document order")
+    export_dtype: Literal["float32", "bfloat16", "float16"] = _field(
+        "bfloat16", "of the weights in `out`/final"
+    )
+    model: ModelSizes = ModelSizes()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_start(self):
+        if not self.policy and not self.tokenizer:
+            raise ValueError("policy = '' must name a MODEL, or tokenizer a folder")
+        return self
+
+
+def parse_args(
+    cls: type[C], *, doc: str, default: Path | None = None, argv: Sequence[str] | None = None
+) -> C:
+    """The configuration that the command line asks for; ends the process if there is none.
+
+    Args:
+        cls: the stage's configuration.
+        doc: the stage's module docstring, shown by --help above the list of all fields.
+        default: the file read where the command line names none.
+        argv: the arguments; None takes the process's.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc,
+        epilog="fields, in TOML tables by their dots:\n" + "\n".join(_field_lines(cls)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shipped = "" if default is None else " (without one, the shipped default runs)"
+    parser.add_argument(
+        "config", nargs="?" if default else None, type=Path, help=f"a TOML file{shipped}"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides one field, as --set rollout.group_size=8; may be repeated",
+    )
+    args = parser.parse_args(argv)
+    try:
+        return load(cls, args.config or default, args.set)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the process with the message, and without a traceback, on what the user can mend."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Reads `path` as a `cls`, after `overrides` of the form "table.key=TOML value".
+
+    Raises:
+        ConfigError: the file is not TOML, or keys or values do not fit `cls`; one line for each.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    overridden = {_override(table, text) for text in overrides}
+    try:
+        return cls.model_validate(table)
+    except pydantic.ValidationError as error:
+        lines = []
+        for e in error.errors():
+            key = ".".join(map(str, e["loc"]))
+            where = "--set" if key in overridden else str(path)
+            lines.append(f"{where}: {_complaint(cls, key, e)}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump(config: Section) -> str:
+    """The configuration as TOML that `load` reads back to an equal one."""
+    table = config.model_dump()
+    lines = [f"{k} = {_literal(v)}" for k, v in table.items() if not isinstance(v, dict)]
+    for name, section in table.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]", *(f"{k} = {_literal(v)}" for k, v in section.items())]
+    return "\n".join(lines) + "\n"
+
+
+def differences(stored: Section, given: Section) -> list[str]:
+    """One "key: stored -> given" for each field in which two configurations differ."""
+    old, new = dict(_leaves(stored.model_dump())), dict(_leaves(given.model_dump()))
+    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _override(table: dict[str, Any], text: str) -> str:
+    """Puts "a.b=value" into `table` and returns "a.b"."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals:
+        raise ConfigError(f"--set {text}: must have the form key=value")
+    *parents, leaf = key.split(".")
+    for name in parents:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {text}: {name} is a value, not a table")
+    try:
+        table[leaf] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[leaf] = value.strip()  # a bare word, so that paths need no quotes within quotes
+    return key
+
+
+def _complaint(cls: type[Section], key: str, error: Any) -> str:
+    """One line about one error of pydantic's."""
+    if error["type"] == "extra_forbidden":
+        known = [name for name, *_ in _fields(cls)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"{key} is required"
+    if error["type"] == "value_error":  # a rule over several fields, which names them itself
+        return (f"{key}: " if key else "") + str(error["ctx"]["error"])
+    rule = error["msg"].replace("Input should", "must", 1)
+    return f"{key} = {error['input']!r}: {rule}"
+
+
+def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, type, pydantic field) of every leaf."""
+    for name, field in cls.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _fields(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", inner, field
+
+
+def _field_lines(cls: type[Section]) -> Iterator[str]:
+    """Lines of --help: name, type, default and meaning."""
+    for name, kind, field in _fields(cls):
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        type_name = " | ".join(choices) or getattr(kind, "__name__", str(kind))
+        default = "required" if field.is_required() else f"default {_literal(field.default)}"
+        yield f"  {name} ({type_name}, {default})"
+        yield f"      {field.description}"
+
+
+def _literal(value: Any) -> str:
+    """A scalar as TOML writes it; JSON writes strings, numbers and booleans alike."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,192 @@
+"""Records from JSONL and parquet files, prompts among them, and the order in which they come.
+
+A prompt record holds `messages` (or `prompt`, text that is encoded as it is), the name of its
+`verifier`, its `ground_truth`, and optionally `id`, `domain` and free metadata. The verl column
+layout (data_source, prompt, ability, reward_model, extra_info) is read as well.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+import pyarrow.parquet
+
+from vibejax.config import InputError
+from vibejax.tokenizer import Tokenizer
+
+Record = dict[str, Any]
+
+
+class DataError(InputError):
+    """A data file that cannot be used; the message names file, line and rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt of a source.
+
+    Attributes:
+        index: place in the source, the prompt's identity for random draws.
+        tokens: prompt token ids.
+        record: the record, which its verifier reads.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    record: Record
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The records of a .jsonl or .parquet file, each with its line (or row) number from 1.
+
+    Raises:
+        DataError: the file is missing, empty or malformed; the line is named.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    count = 0
+    for count, record in enumerate(_rows(path), start=1):
+        yield count, record
+    if not count:
+        raise DataError(f"{path}: is empty")
+
+
+def _rows(path: Path) -> Iterator[Record]:
+    if path.suffix == ".parquet":
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: not a parquet file: {error}") from error
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not a JSON object: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{path}:{number}: not a JSON object: {type(record).__name__}")
+            yield record
+
+
+def read_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[Prompt]:
+    """All prompts of a file, encoded.
+
+    Raises:
+        DataError: a record lacks a field or has a prompt of more than `max_tokens` tokens.
+    """
+    prompts = []
+    for number, record in read_records(path):
+        record = _from_verl(record) if "reward_model" in record else record
+        where = f"{path}:{number}"
+        tokens = encode_prompt(record, tokenizer, where)
+        if not tokens:
+            raise DataError(f"{where}: the prompt is empty")
+        if len(tokens) > max_tokens:
+            raise DataError(
+                f"{where}: the prompt has {len(tokens)} tokens, more than the {max_tokens} of "
+                "rollout.max_prompt_tokens"
+            )
+        prompts.append(Prompt(len(prompts), tuple(tokens), record))
+    return prompts
+
+
+def require_ground_truth(prompts: list[Prompt], path: Path) -> None:
+    """Checks that every prompt can be verified.
+
+    Raises:
+        DataError: a record names no verifier or has nothing to verify against.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        for field in ("verifier", "ground_truth"):
+            present = field in prompt.record or (
+                field == "ground_truth" and "tests" in prompt.record
+            )
+            if not present:
+                raise DataError(f"{path}:{number}: has no {field!r}")
+
+
+def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]:
+    """Token ids of a record's `messages` (through the chat template) or `prompt` (as it is).
+
+    Raises:
+        DataError: the record has neither, or in a form that cannot be used.
+    """
+    if "messages" in record:
+        messages = record["messages"]
+        if not _is_chat(messages):
+            raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
+        return tokenizer.encode_chat(messages)
+    if isinstance(record.get("prompt"), str):
+        return tokenizer.encode(record["prompt"])
+    raise DataError(f"{where}: has neither 'messages' nor a 'prompt' text")
+
+
+def _is_chat(messages: Any) -> bool:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    )
+
+
+def _from_verl(record: Record) -> Record:
+    """A record of verl's columns in this project's."""
+    reward, extra = record["reward_model"] or {}, record.get("extra_info") or {}
+    prompt = record.get("prompt")
+    return {
+        "id": str(extra.get("index", "")),
+        "domain": record.get("ability", ""),
+        "verifier": "math",
+        "ground_truth": reward.get("ground_truth"),
+        "data_source": record.get("data_source"),
+        **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
+    }
+
+
+def order(count: int, seed: int) -> grain.MapDataset:
+    """An endless order of `count` records in which every pass is a shuffle of its own.
+
+    Item i is a pure function of (count, seed, i), so a resumed run continues where it stopped.
+    """
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+
+
+def step_indices(count: int, seed: int, step: int, per_step: int) -> list[int]:
+    """The records of one optimizer step."""
+    indices = order(count, seed)
+    return [int(indices[i]) for i in range(step * per_step, (step + 1) * per_step)]
+
+
+def learning_document(record: Record, tokenizer: Tokenizer, where: str) -> tuple[np.ndarray, int]:
+    """Token ids of a demonstration, and how many of them are prompt.
+
+    A record holds `messages` that end with the assistant's, or `prompt` and `completion`. The
+    completion ends with the tokenizer's first stop token.
+
+    Raises:
+        DataError: the record has neither form.
+    """
+    if "messages" in record:
+        messages = record["messages"]
+        if not _is_chat(messages) or messages[-1]["role"] != "assistant":
+            raise DataError(f"{where}: messages must end with one of role 'assistant'")
+        prompt = tokenizer.encode_chat(messages[:-1])
+        completion = messages[-1]["content"]
+    elif isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        prompt, completion = tokenizer.encode(record["prompt"]), record["completion"]
+    else:
+        raise DataError(f"{where}: has neither 'messages' nor 'prompt' and 'completion'")
+    tokens = [*prompt, *tokenizer.encode(completion), tokenizer.eos_ids[0]]
+    return np.asarray(tokens, np.int32), len(prompt)

@@ -1,0 +1,151 @@
+"""Completions from a model: `python -m vibejax.generate MODEL --prompt TEXT`.
+
+MODEL is an HF folder, a GGUF file or a run folder. A text is a user's message in the model's
+chat template unless --raw is given. With --prompts, records with `messages` or `prompt` are
+completed, and each comes out as itself plus `completions`: a list of `text`, `tokens`,
+`logprobs` and `stop`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+
+from vibejax import data, engine, tokenizer, weights
+from vibejax.config import InputError, errors_in_one_line
+from vibejax.engine import Completion, Request, Sampling
+from vibejax.locations import resolve
+
+RECORDS_AT_ONCE = 256
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", metavar="TEXT", help="one prompt; the completion is printed")
+    given.add_argument("--prompts", metavar="F.jsonl", help="records to complete")
+    parser.add_argument("--out", type=Path, help="where records go; default: standard output")
+    parser.add_argument("--raw", action="store_true", help="encode TEXT as it is, without a chat")
+    parser.add_argument("--samples", type=int, default=1, help="completions of each prompt")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest completion")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 decodes greedily")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all")
+    parser.add_argument("--slots", type=int, default=32, help="completions decoded at one time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
+                        help="default: bfloat16 on accelerators, float32 on CPU")  # fmt: skip
+    with errors_in_one_line():
+        run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Loads the model and completes what `args` asks for.
+
+    Raises:
+        InputError: an argument, the model or a record cannot be used.
+    """
+    for name, holds, rule in (
+        ("samples", args.samples >= 1, "at least 1"),
+        ("max-tokens", args.max_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature >= 0, "at least 0"),
+        ("top-p", 0 < args.top_p <= 1, "in (0, 1]"),
+        ("top-k", args.top_k >= 0, "at least 0"),
+        ("slots", args.slots >= args.samples, "at least samples"),
+    ):
+        if not holds:
+            value = getattr(args, name.replace("-", "_"))
+            raise InputError(f"--{name} {value}: must be {rule}")
+    path = weights.locate(args.model)
+    model = weights.load_config(path)
+    tokens = tokenizer.load(path)
+    requests, records = _requests(args, tokens, model.context - args.max_tokens)
+    dtype = jnp.dtype(args.dtype or default_dtype())
+    params = engine.sampler_params(weights.load_params(path, model, None, dtype), model, dtype)
+    how = Sampling(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_tokens=args.max_tokens,
+        eos_ids=tokens.eos_ids,
+    )
+    groups = _groups(params, model, requests, args, how)
+    if args.prompt is not None:
+        for completion in next(groups):
+            print(_text(completion, tokens))
+        return
+    with _sink(args.out) as out:
+        for record, group in zip(records, groups, strict=True):
+            out.write(json.dumps({**record, "completions": _rows(group, tokens)}) + "\n")
+            out.flush()
+
+
+def default_dtype() -> str:
+    """The dtype that the default device computes fastest in."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _requests(args, tokens, room: int) -> tuple[list[Request], list[data.Record]]:
+    if args.prompts is not None:
+        prompts = data.read_prompts(resolve(args.prompts), tokens, max_tokens=room)
+        return [Request(p.index, p.tokens) for p in prompts], [p.record for p in prompts]
+    record = {"prompt": args.prompt}
+    if not args.raw:
+        record = {"messages": [{"role": "user", "content": args.prompt}]}
+    ids = data.encode_prompt(record, tokens, "--prompt")
+    if not ids:
+        raise InputError("--prompt: the prompt is empty")
+    if len(ids) > room:
+        raise InputError(
+            f"--prompt has {len(ids)} tokens; with --max-tokens {args.max_tokens} the model has "
+            f"room for {room}"
+        )
+    return [Request(0, tuple(ids))], [record]
+
+
+def _groups(params, model, requests, args, how: Sampling) -> Iterator[list[Completion]]:
+    """Each request's completions, in the order of the requests."""
+    for start in range(0, len(requests), RECORDS_AT_ONCE):
+        part = requests[start : start + RECORDS_AT_ONCE]
+        groups: list[dict[int, Completion]] = [{} for _ in part]
+        for n, g, completion in engine.generate(
+            params, model, part, samples=args.samples, how=how, slots=args.slots,
+            seed=args.seed, step=0,
+        ):  # fmt: skip
+            groups[n][g] = completion
+        yield from ([group[g] for g in range(args.samples)] for group in groups)
+
+
+def _rows(group: list[Completion], tokens: tokenizer.Tokenizer) -> list[dict[str, Any]]:
+    return [
+        {
+            "text": _text(c, tokens),
+            "tokens": c.tokens.tolist(),
+            "logprobs": c.logprobs.tolist(),
+            "stop": c.stop,
+        }
+        for c in group
+    ]
+
+
+def _text(completion: Completion, tokens: tokenizer.Tokenizer) -> str:
+    ids = completion.tokens[: -1 if completion.stop == "stop" else None]
+    return tokens.decode(ids.tolist())
+
+
+def _sink(path: Path | None) -> TextIO:
+    """Where records go; standard output is closed with the process."""
+    return sys.stdout if path is None else path.open("w")
+
+
+if __name__ == "__main__":
+    main()

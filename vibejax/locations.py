@@ -1,0 +1,29 @@
+"""Where a named file or folder lies: on disk, or inside an installed Python package."""
+
+import importlib.util
+from pathlib import Path
+
+from vibejax.config import InputError
+
+
+def resolve(name: str) -> Path:
+    """The path that `name` stands for; whether anything is there is the reader's question.
+
+    Args:
+        name: a path, or "package:NAME/PATH" for one inside an installed Python package, which
+            is found without being imported.
+
+    Raises:
+        InputError: the package is not installed, or PATH leads out of it.
+    """
+    if not name.startswith("package:"):
+        return Path(name)
+    package, _, inner = name.removeprefix("package:").partition("/")
+    # A dotted name would import the parent package.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{name}: no installed Python package {package!r}")
+    if not inner or Path(inner).is_absolute() or ".." in Path(inner).parts:
+        raise InputError(f"{name}: must be package:NAME/PATH with a path inside the package")
+    paths = [Path(root) / inner for root in spec.submodule_search_locations]
+    return next((path for path in paths if path.exists()), paths[0])

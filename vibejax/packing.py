@@ -1,0 +1,120 @@
+"""Documents into rows: which document lies in which row, and the arrays of the rows.
+
+Shape suffixes: B rows, T tokens of a row.
+
+Targets are shifted here, on the host, and every token's loss weight is fixed here. What a row
+holds besides is data to the model: it reads positions and segment ids, never the place in a row.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+Rows = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """One sequence of tokens, some of which count in the loss.
+
+    Attributes:
+        tokens: [T] int32, prompt and completion.
+        weights: [T] float32, the loss weight of each token as a target: 0 on the prompt.
+        channels: further per-token values, [T] float32 by name, aligned with `tokens`: the
+            advantage, the sampler's log-prob.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    channels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def plan(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Which documents share a row: best fit, longest first; a pure function of the lengths.
+
+    Args:
+        lengths: tokens of each document.
+        row_tokens: T.
+
+    Returns:
+        For each row, the indices of its documents.
+
+    Raises:
+        ValueError: a document is longer than a row.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        if length > row_tokens:
+            raise ValueError(f"document {index} has {length} tokens; a row holds {row_tokens}")
+        fitting = [r for r in range(len(rows)) if free[r] >= length]
+        if fitting:
+            row = min(fitting, key=lambda r: (free[r], r))
+            rows[row].append(index)
+            free[row] -= length
+        else:
+            rows.append([index])
+            free.append(row_tokens - length)
+    return rows
+
+
+def pack(documents: Sequence[Document], row_plan: list[list[int]], row_tokens: int) -> Rows:
+    """The rows of `row_plan`.
+
+    Returns:
+        By name, [B, T] arrays: int32 `token`, `target`, `position`, `segment` (from 1; 0 is
+        padding), float32 `weight` and the documents' channels. A value stands where its token is
+        the target, one place before the token itself; the last place of a document has weight 0.
+    """
+    shape = (len(row_plan), row_tokens)
+    rows = {name: np.zeros(shape, np.int32) for name in ("token", "target", "position", "segment")}
+    rows["weight"] = np.zeros(shape, np.float32)
+    for name in documents[0].channels if documents else ():
+        rows[name] = np.zeros(shape, np.float32)
+    for b, start, segment, document in _places(documents, row_plan):
+        end = start + len(document.tokens)
+        rows["token"][b, start:end] = document.tokens
+        rows["target"][b, start : end - 1] = document.tokens[1:]
+        rows["position"][b, start:end] = np.arange(end - start)
+        rows["segment"][b, start:end] = segment
+        rows["weight"][b, start : end - 1] = document.weights[1:]
+        for name, value in document.channels.items():
+            rows[name][b, start : end - 1] = value[1:]
+    return rows
+
+
+def unpack(
+    value_BT: np.ndarray, documents: Sequence[Document], row_plan: list[list[int]]
+) -> list[np.ndarray]:
+    """Per-target values of rows, back to each document's tokens; a first token's value is 0."""
+    out: list[np.ndarray] = [np.empty(0)] * len(documents)
+    order = (index for row in row_plan for index in row)
+    for index, (b, start, _, document) in zip(order, _places(documents, row_plan), strict=True):
+        shifted = value_BT[b, start : start + len(document.tokens) - 1]
+        out[index] = np.concatenate([np.zeros(1, value_BT.dtype), shifted])
+    return out
+
+
+def microbatches(rows: Rows, size: int) -> Iterator[tuple[Rows, int]]:
+    """Cuts rows into micro-batches of `size`, the last filled up with empty rows.
+
+    Yields:
+        The micro-batch, and how many of its rows are real.
+    """
+    count = len(rows["token"])
+    for start in range(0, count, size):
+        part = {name: x_BT[start : start + size] for name, x_BT in rows.items()}
+        real = len(part["token"])
+        filler = ((0, size - real), (0, 0))
+        yield {name: np.pad(x_BT, filler) for name, x_BT in part.items()}, real
+
+
+def _places(documents, row_plan) -> Iterator[tuple[int, int, int, Document]]:
+    """(row, first place, segment id, document) in the order of the plan."""
+    for b, indices in enumerate(row_plan):
+        start = 0
+        for segment, index in enumerate(indices, start=1):
+            yield b, start, segment, documents[index]
+            start += len(documents[index].tokens)

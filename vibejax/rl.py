@@ -1,0 +1,433 @@
+"""Reinforcement learning with MGPO: `python -m vibejax.rl [CONFIG] [--set key=value ...]`.
+
+Each step samples G completions of N prompts, verifies them, and takes one on-policy update;
+Long2Short is the same stage with objective.long2short above 0. Without CONFIG it trains the
+policy that ships with the package on three-digit sums, in minutes on a CPU.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vibejax import (
+    data,
+    engine,
+    optimizer,
+    rollout,
+    run_folder,
+    scoring,
+    sharding,
+    tokenizer,
+    train,
+    weights,
+)
+from vibejax.checkpoint import Checkpoints
+from vibejax.config import RlConfig, errors_in_one_line, parse_args
+from vibejax.data import Prompt
+from vibejax.locations import resolve
+from vibejax.losses import importance, mgpo
+from vibejax.metrics import Metrics
+from vibejax.packing import Document
+from vibejax.qwen2 import ModelConfig, Params
+from vibejax.rollout import Rollout
+from vibejax.run_folder import Log, RunError
+from vibejax.tokenizer import Tokenizer
+from vibejax.train import TrainState, TrainStep
+from vibejax.verifiers.pool import Pool
+
+DEFAULT = Path(__file__).parent / "quickstart" / "rl.toml"
+HELDOUT_DRAWS = 2**31 - 1  # the "step" of held-out draws: always the same, so gains are paired
+FILTER_DRAWS = 2**31 - 2
+SUMS = ("policy/loss", "policy/clipped", "policy/entropy", "policy/reference_kl")
+COLUMNS = {
+    "accuracy": ("rollout/accuracy", ".3f"),
+    "all right": ("rollout/groups_all_right", ".2f"),
+    "all wrong": ("rollout/groups_all_wrong", ".2f"),
+    "length": ("rollout/length", ".1f"),
+    "truncated": ("rollout/truncated", ".3f"),
+    "entropy": ("policy/entropy", ".3f"),
+    "|dlogp|": ("agreement/mean_abs_dlogp", ".1e"),
+    "grad norm": ("optimizer/grad_norm", ".3f"),
+    "seconds": ("time/step_s", ".1f"),
+    "held-out": ("heldout/pass@1", ".3f"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What stays the same over a run."""
+
+    config: RlConfig
+    source: Path
+    model: ModelConfig
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    score: Callable[[Params, train.Batch], jax.Array]
+
+
+def main() -> None:
+    """Runs the stage that the command line configures."""
+    config = parse_args(RlConfig, doc=__doc__, default=DEFAULT)
+    with errors_in_one_line():
+        run(config)
+
+
+def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
+    """Trains, and returns the run folder.
+
+    Args:
+        config: the stage's configuration.
+        open_pool: makes the verifier pool; a control experiment puts another judge here.
+
+    Raises:
+        InputError: something the user gave cannot be used, or the run cannot go on.
+    """
+    began = time.perf_counter()
+    setup = set_up(config)
+    prompts = _prompts(setup, config.prompts)
+    heldout = _prompts(setup, config.heldout)[: config.eval.prompts] if config.heldout else []
+    folder = run_folder.open_run(config, "rl")
+    with open_pool(**config.verifier.model_dump()) as pool, jax.set_mesh(setup.mesh):
+        reference = _load(setup) if config.objective.kl else None
+        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+        state = train.init_state(_load(setup), setup.optimizer)
+        if config.resume:
+            state = checkpoints.restore_latest(state)
+        done = int(state.step)
+        metrics = Metrics(folder, done, COLUMNS)
+        evaluations = Log(folder / "heldout.jsonl", done)
+        samples = Log(folder / "samples.jsonl", done)
+
+        def evaluate(state: TrainState, step: int) -> dict[str, float]:
+            if not heldout:
+                return {}
+            rolled = evaluate_heldout(setup, state, heldout, pool)
+            evaluations.write(step, {"accuracy": rolled.correct_NG.mean(axis=1).tolist()})
+            return _heldout_metrics(rolled)
+
+        if config.drop_solved:
+            prompts = _mixed_prompts(setup, state, prompts, pool, folder)
+        if done == 0:
+            metrics.write(0, evaluate(state, 0))
+        for step in range(done + 1, config.steps + 1):
+            start = time.perf_counter()
+            rolled = roll_out(setup, state, prompts, step, pool)
+            sampled = time.perf_counter()
+            state, values = update(setup, state, rolled, reference)
+            if not values["optimizer/finite"]:
+                checkpoints.save(step - 1, state)
+                checkpoints.close()
+                raise RunError(
+                    f"step {step}: the loss or the gradient is not finite; the state after step "
+                    f"{step - 1} is saved in {folder / 'checkpoints'}"
+                )
+            values |= _times(rolled, start, sampled)
+            if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+                values |= evaluate(state, step)
+            _write_samples(samples, step, rolled, setup)
+            metrics.write(step, values)
+            if step == config.steps or step % config.checkpoint.every == 0:
+                checkpoints.save(step, state)
+        for file in (metrics, evaluations, samples, checkpoints):
+            file.close()
+        weights.save_params(
+            state.params, setup.model, folder / "final", dtype="bfloat16", source=setup.source
+        )
+    _print_gain(evaluations.rows, time.perf_counter() - began)
+    return folder
+
+
+def set_up(config: RlConfig) -> Setup:
+    """Reads what the run starts from, short of its weights, and prepares its programs.
+
+    Raises:
+        InputError: the checkpoint cannot be used, or the completions do not fit its context.
+    """
+    source = weights.locate(config.policy)
+    model = weights.load_config(source)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+    if longest > model.context:
+        raise RunError(
+            f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
+            f"the {model.context} positions of {config.policy}"
+        )
+    mesh = sharding.make_mesh(config.mesh.model_dump())
+    adamw = optimizer.make_optimizer(config.optimizer, config.steps * config.objective.updates)
+    schedule = optimizer.make_schedule(config.optimizer, config.steps * config.objective.updates)
+    loss_fn = functools.partial(policy_loss, model=model, config=config)
+    return Setup(
+        config=config,
+        source=source,
+        model=model,
+        tokenizer=tokenizer.load(source),
+        mesh=mesh,
+        optimizer=adamw,
+        train_step=train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
+        score=jax.jit(lambda params, rows: _logprobs(params, rows, model, config).logprob_BT),
+    )
+
+
+def policy_loss(
+    params: Params, rows: train.Batch, *, model: ModelConfig, config: RlConfig
+) -> tuple[jax.Array, tuple[train.Metrics, jax.Array]]:
+    """MGPO's loss of packed rows, corrected for the sampler; see losses/.
+
+    Rows hold `advantage` and `sampler_logprob`; `old_logprob` where a step makes several updates
+    (else the policy is its own old policy), `reference_logprob` where there is a KL term.
+    """
+    objective = config.objective
+    logprob_BT, entropy_BT = _logprobs(params, rows, model, config)
+    weight_BT = rows["weight"]
+    importance_BT = importance.weights(
+        logprob_BT,
+        rows["sampler_logprob"],
+        rows["segment"],
+        weight_BT > 0,
+        correction=objective.correction,
+        cap=objective.correction_cap,
+        low=objective.correction_low,
+        high=objective.correction_high,
+    )
+    loss, metrics = mgpo.policy_loss(
+        logprob_BT,
+        rows.get("old_logprob", logprob_BT),
+        rows["advantage"],
+        weight_BT,
+        importance_BT,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+    )
+    kl = jnp.zeros(())
+    if "reference_logprob" in rows:
+        kl = mgpo.reference_kl(logprob_BT, rows["reference_logprob"], weight_BT)
+    metrics |= {"policy/entropy": jnp.sum(entropy_BT), "policy/reference_kl": kl}
+    return loss + objective.kl * kl, (metrics, logprob_BT)
+
+
+def roll_out(
+    setup: Setup, state: TrainState, prompts: Sequence[Prompt], step: int, pool: Pool
+) -> Rollout:
+    """The verified groups of one step, whose prompts are a function of (seed, step)."""
+    config = setup.config
+    indices = data.step_indices(
+        len(prompts), config.seed, step - 1, config.rollout.prompts_per_step
+    )
+    how = engine.Sampling(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        max_tokens=config.rollout.max_completion_tokens,
+        eos_ids=setup.tokenizer.eos_ids,
+    )
+    chosen = [prompts[i] for i in indices]
+    return _sample(setup, state, chosen, pool, how, config.rollout.group_size, step)
+
+
+def evaluate_heldout(
+    setup: Setup, state: TrainState, prompts: Sequence[Prompt], pool: Pool
+) -> Rollout:
+    """Verified completions of the held-out prompts, with the same draws every time."""
+    config = setup.config
+    how = engine.Sampling(
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        top_k=0,
+        max_tokens=config.rollout.max_completion_tokens,
+        eos_ids=setup.tokenizer.eos_ids,
+    )
+    return _sample(setup, state, prompts, pool, how, config.eval.samples, HELDOUT_DRAWS)
+
+
+def update(
+    setup: Setup, state: TrainState, rolled: Rollout, reference: Params | None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The optimizer update (or updates) on one rollout, and the step's metrics.
+
+    A completion whose advantage is 0 has no gradient and is left out of the rows; loss weights
+    are those of the whole rollout.
+
+    Raises:
+        RunError: sampler and trainer disagree by more than objective.max_mean_dlogp.
+    """
+    config, objective = setup.config, setup.config.objective
+    advantage_NG = rollout.advantages(rolled, objective)
+    documents = rollout.documents(
+        rolled, advantage_NG, objective, max_tokens=config.rollout.max_completion_tokens
+    )
+    slices = np.array_split(np.arange(len(documents)), objective.updates)
+    if objective.updates > 1:
+        documents = _with_channel(setup, state.params, documents, "old_logprob")
+    if reference is not None:
+        documents = _with_channel(setup, reference, documents, "reference_logprob")
+    metrics: dict[str, float] = rollout.group_metrics(rolled)
+    metrics["rollout/groups_mixed"] = float((advantage_NG != 0).any(axis=1).mean())
+    for part, indices in enumerate(slices):
+        chosen = [documents[i] for i in indices]
+        if reference is None:
+            chosen = [d for d in chosen if d.channels["advantage"].any()]
+        sums, logprobs = train.sum_documents(
+            setup.train_step, state.params, chosen, config.train, setup.mesh
+        )
+        if part == 0 and chosen:
+            metrics |= _agreement(chosen, logprobs, objective)
+        state, values = setup.train_step.apply(state, sums)
+        metrics |= {name: float(value) for name, value in values.items()}
+        learnt = sum(np.count_nonzero(d.weights) for d in chosen)
+        for name in ("policy/clipped", "policy/entropy"):  # sums over tokens, shown as means
+            metrics[name] /= max(learnt, 1)
+    return state, metrics
+
+
+def _logprobs(params: Params, rows: train.Batch, model: ModelConfig, config: RlConfig):
+    """Log-probs under the distribution that the sampler draws from, top-p and top-k apart."""
+    temperature = config.rollout.temperature
+    return train.row_logprobs(params, rows, model, config.train, temperature=temperature)
+
+
+def _agreement(documents: Sequence[Document], logprobs, objective) -> dict[str, float]:
+    learnt = [d.weights > 0 for d in documents]
+    metrics = importance.agreement(
+        np.concatenate([x[m] for x, m in zip(logprobs, learnt, strict=True)]),
+        np.concatenate(
+            [d.channels["sampler_logprob"][m] for d, m in zip(documents, learnt, strict=True)]
+        ),
+        cap=objective.correction_cap,
+    )
+    apart = metrics["agreement/mean_abs_dlogp"]
+    if apart > objective.max_mean_dlogp:
+        raise RunError(
+            f"sampler and trainer disagree: mean |d logp| = {apart:.3g} nats is above "
+            f"objective.max_mean_dlogp = {objective.max_mean_dlogp}"
+        )
+    return metrics
+
+
+def _with_channel(setup: Setup, params: Params, documents: list[Document], name: str):
+    """The documents with their log-probs under `params` as a further channel."""
+    config = setup.config.train
+    values = train.score_documents(setup.score, params, documents, config, setup.mesh)
+    return [
+        dataclasses.replace(d, channels=d.channels | {name: value})
+        for d, value in zip(documents, values, strict=True)
+    ]
+
+
+def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
+    dtype = jnp.dtype(setup.config.train.dtype)
+    return rollout.sample(
+        engine.sampler_params(state.params, setup.model, dtype),
+        setup.model,
+        setup.tokenizer,
+        prompts,
+        pool,
+        samples=samples,
+        how=how,
+        slots=setup.config.rollout.slots,
+        seed=setup.config.seed,
+        step=step,
+    )
+
+
+def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
+    """The prompts whose groups the starting policy answers neither all right nor all wrong.
+
+    The choice is kept in the run folder, so that a resumed run has the same prompts.
+    """
+    path = folder / "kept_prompts.json"
+    if path.is_file():
+        kept = set(json.loads(path.read_text()))
+    else:
+        config = setup.config.rollout
+        how = engine.Sampling(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_tokens=config.max_completion_tokens,
+            eos_ids=setup.tokenizer.eos_ids,
+        )
+        rolled = _sample(setup, state, prompts, pool, how, config.group_size, FILTER_DRAWS)
+        accuracy_N = rolled.correct_NG.mean(axis=1)
+        kept = {p.index for p, a in zip(prompts, accuracy_N, strict=True) if 0 < a < 1}
+        if not kept:
+            raise RunError("drop_solved: no prompt has a group that is partly right")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(sorted(kept)))
+        part.replace(path)
+    return [p for p in prompts if p.index in kept]
+
+
+def _prompts(setup: Setup, name: str) -> list[Prompt]:
+    path = resolve(name)
+    prompts = data.read_prompts(
+        path, setup.tokenizer, max_tokens=setup.config.rollout.max_prompt_tokens
+    )
+    data.require_ground_truth(prompts, path)
+    return prompts
+
+
+def _load(setup: Setup) -> Params:
+    return weights.load_params(setup.source, setup.model, setup.mesh, jnp.float32)
+
+
+def _times(rolled: Rollout, start: float, sampled: float) -> dict[str, float]:
+    now = time.perf_counter()
+    return {
+        "time/step_s": now - start,
+        "time/sample_s": sampled - start,
+        "time/update_s": now - sampled,
+        "time/sampled_tokens_per_s": float(rolled.length_NG.sum() / (sampled - start)),
+    }
+
+
+def _heldout_metrics(rolled: Rollout) -> dict[str, float]:
+    low, high = scoring.bootstrap_interval(rolled.correct_NG.mean(axis=1))
+    return {
+        "heldout/pass@1": scoring.pass_at_k(rolled.correct_NG, 1),
+        "heldout/pass@1_low": low,
+        "heldout/pass@1_high": high,
+        "heldout/length": float(rolled.length_NG.mean()),
+        "heldout/truncated": float(rolled.truncated_NG.mean()),
+    }
+
+
+def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> None:
+    """Some completions of the step as people read them, spread over its groups."""
+    count = min(setup.config.samples_per_step, len(rolled.prompts))
+    for n in np.linspace(0, len(rolled.prompts) - 1, count).astype(int):
+        completion, verdict = rolled.completions[n][0], rolled.verdicts[n][0]
+        row = {
+            "prompt": setup.tokenizer.decode(rolled.prompts[n].tokens, skip_special_tokens=False),
+            "completion": rollout.text_of(completion, setup.tokenizer),
+            "ground_truth": rolled.prompts[n].record.get("ground_truth"),
+            "stop": completion.stop,
+            "tokens": len(completion.tokens),
+            **dataclasses.asdict(verdict),
+        }
+        samples.write(step, row)
+
+
+def _print_gain(evaluations: list[dict[str, Any]], seconds: float) -> None:
+    if not evaluations:
+        return
+    before_N, after_N = (np.asarray(evaluations[i]["accuracy"]) for i in (0, -1))
+    low, high = scoring.bootstrap_interval(after_N - before_N)
+    print(f"gain {(after_N - before_N).mean():+.3f}, 95% interval [{low:+.3f}, {high:+.3f}]")
+    print(
+        f"held-out pass@1: {before_N.mean():.3f} -> {after_N.mean():.3f} "
+        f"({len(after_N)} prompts, {seconds:.0f} s)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A run's folder: created fresh or resumed, with the configuration it belongs to.
+
+A folder holds config.toml, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
+checkpoints/ and, at the end, final/, an HF folder.
+"""
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vibejax import config as config_module
+from vibejax.config import InputError, Section
+
+C = TypeVar("C", bound=Section)
+
+
+class RunError(InputError):
+    """A run that cannot start or go on; the message says what to do."""
+
+
+def open_run(config: Section, stage: str) -> Path:
+    """The folder of a run: `config.out`, or a fresh numbered one under runs/.
+
+    Raises:
+        RunError: a named folder exists and `resume` is not set, or it is set and there is
+            nothing to resume, or the stored configuration differs.
+    """
+    text = config_module.dump(config)
+    if not config.out:
+        if config.resume:
+            raise RunError("resume = true needs out, the folder of the run to go on with")
+        return _create(_fresh(stage), text)
+    folder = Path(config.out)
+    if not config.resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder}: exists; choose another out, or go on with resume = true")
+        return _create(folder, text)
+    stored_path = folder / "config.toml"
+    if not stored_path.is_file():
+        raise RunError(f"{folder}: has no config.toml, so there is no run to resume")
+    stored = config_module.load(type(config), stored_path)
+    differing = [
+        line
+        for line in config_module.differences(stored, config)
+        if line.partition(":")[0] not in ("resume", "out")
+    ]
+    if differing:
+        raise RunError(
+            f"{folder}: cannot resume with another configuration: {'; '.join(differing)}"
+        )
+    return folder
+
+
+def _create(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+def _fresh(stage: str) -> Path:
+    """The first runs/<stage>-NNNN that nobody has; creating it claims it."""
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{stage}-{number:04d}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("itertools.count ends")
+
+
+class Log:
+    """A JSONL file of one object a line, each with its `step`.
+
+    Opened at step s, it drops the lines of later steps and a half-written last line: a resumed
+    run writes them again.
+    """
+
+    def __init__(self, path: Path, step: int):
+        """Opens `path` for writing after step `step`."""
+        self.rows = [row for row in read_log(path) if row["step"] <= step]
+        part = path.with_suffix(".part")
+        with part.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        self._file = path.open("a")
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Appends one line, at once visible to readers."""
+        self.rows.append({"step": step, **row})
+        self._file.write(json.dumps(self.rows[-1]) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; nothing where there is none, and no half-written last line."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,95 @@
+"""Log-probabilities of given tokens: `python -m vibejax.score MODEL F.jsonl --out F`.
+
+MODEL is an HF folder, a GGUF file or a run folder. A record holds `tokens` or `messages`; it
+comes out as itself plus `tokens` and `logprobs`: natural logarithms at temperature 1, one a
+token, the first null since nothing comes before it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vibejax import data, sharding, tokenizer, train, weights
+from vibejax.config import InputError, TrainConfig, errors_in_one_line
+from vibejax.generate import default_dtype
+from vibejax.locations import resolve
+from vibejax.packing import Document
+
+RECORDS_AT_ONCE = 256
+ROW_MULTIPLE = 256  # rows are as long as the longest record, rounded up to it
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("records", metavar="F.jsonl")
+    parser.add_argument("--out", type=Path, help="default: standard output")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
+                        help="default: bfloat16 on accelerators, float32 on CPU")  # fmt: skip
+    with errors_in_one_line():
+        run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Scores the records of `args`.
+
+    Raises:
+        InputError: the model or a record cannot be used.
+    """
+    path = weights.locate(args.model)
+    model = weights.load_config(path)
+    tokens = tokenizer.load(path)
+    source = resolve(args.records)
+    records = [
+        (record, _ids(record, tokens, model, f"{source}:{number}"))
+        for number, record in data.read_records(source)
+    ]
+    longest = max(len(ids) for _, ids in records)
+    config = TrainConfig(
+        row_tokens=-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE,
+        microbatch_rows=1,
+        dtype=args.dtype or default_dtype(),
+    )
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    score = jax.jit(lambda params, rows: train.row_logprobs(params, rows, model, config).logprob_BT)
+    with jax.set_mesh(mesh):
+        params = weights.load_params(path, model, mesh, jnp.float32)
+        out = sys.stdout if args.out is None else args.out.open("w")
+        for start in range(0, len(records), RECORDS_AT_ONCE):
+            part = records[start : start + RECORDS_AT_ONCE]
+            documents = [
+                Document(tokens=ids, weights=np.ones(len(ids), np.float32)) for _, ids in part
+            ]
+            values = train.score_documents(score, params, documents, config, mesh)
+            for (record, ids), logprobs in zip(part, values, strict=True):
+                row = {"tokens": ids.tolist(), "logprobs": [None, *logprobs[1:].tolist()]}
+                out.write(json.dumps(record | row) + "\n")
+            out.flush()
+
+
+def _ids(record: data.Record, tokens, model, where: str) -> np.ndarray:
+    """The token ids of a record."""
+    if "tokens" in record:
+        ids = record["tokens"]
+        valid = isinstance(ids, list) and ids and all(type(i) is int for i in ids)
+        if not valid or not 0 <= min(ids) <= max(ids) < model.vocab:
+            raise InputError(f"{where}: tokens must be ids between 0 and {model.vocab - 1}")
+    elif "messages" in record:
+        ids = tokens.encode_chat(record["messages"], add_generation_prompt=False)
+    else:
+        raise InputError(f"{where}: has neither 'tokens' nor 'messages'")
+    if len(ids) > model.context:
+        raise InputError(f"{where}: has {len(ids)} tokens, the model {model.context} positions")
+    return np.asarray(ids, np.int32)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Verdicts to numbers: avg@n, pass@k, and how sure they are.
+
+Shape suffixes: N prompts, G completions of a prompt.
+"""
+
+import numpy as np
+
+
+def pass_at_k(correct_NG: np.ndarray, k: int) -> float:
+    """The chance that one of k completions of a prompt is correct, averaged over prompts.
+
+    The unbiased estimator 1 - C(n - c, k) / C(n, k) for c correct of n; k = 1 is avg@n.
+
+    Args:
+        correct_NG: [N, G] bool.
+        k: between 1 and G.
+
+    Raises:
+        ValueError: k is larger than G.
+    """
+    n = correct_NG.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k}: must be between 1 and the {n} completions of a prompt")
+    wrong_N = n - correct_NG.sum(axis=1)
+    # C(n - c, k) / C(n, k) as a product, so that no factorial overflows.
+    drawn_K = np.arange(k)
+    miss_NK = np.maximum(wrong_N[:, None] - drawn_K, 0) / (n - drawn_K)
+    return float(np.mean(1.0 - np.prod(miss_NK, axis=1)))
+
+
+def bootstrap_interval(
+    value_N: np.ndarray, *, seed: int = 0, draws: int = 2_000
+) -> tuple[float, float]:
+    """95% interval of the mean over prompts, by resampling prompts.
+
+    Args:
+        value_N: [N] float, one value a prompt: its accuracy, or the gain of its accuracy.
+        seed: of the resampling.
+        draws: resamples.
+
+    Returns:
+        The 2.5th and the 97.5th percentile of the resampled means.
+    """
+    index = np.random.default_rng(seed).integers(0, len(value_N), (draws, len(value_N)))
+    low, high = np.percentile(value_N[index].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)

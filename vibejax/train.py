@@ -1,0 +1,210 @@
+"""One optimizer step for any loss: gradients are summed over micro-batches, then applied.
+
+The number of rows differs from step to step, so a step is some calls of `accumulate` and one of
+`apply`, two programs of fixed shapes. Losses are sums whose weights were fixed for the whole
+batch, so gradients add up and no split changes them.
+
+Shape suffixes: B rows of a micro-batch, T tokens of a row.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vibejax import packing, qwen2, sharding
+from vibejax.config import TrainConfig
+from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
+from vibejax.packing import Document
+from vibejax.qwen2 import ModelConfig, Params
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Params, Batch], tuple[jax.Array, tuple[Metrics, jax.Array]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint must hold to go on from a step."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to: gradients, loss and metrics."""
+
+    grads: Params
+    loss: jax.Array
+    metrics: Metrics
+
+
+class TrainStep(NamedTuple):
+    """The compiled programs of a stage.
+
+    Attributes:
+        zeros: () -> Sums of nothing.
+        accumulate: (params, sums, batch) -> (sums, logprob_BT); sums are donated.
+        apply: (state, sums) -> (state, metrics); the state is donated. A loss or gradient that is
+            not finite leaves the state as it was and says so in `optimizer/finite`.
+    """
+
+    zeros: Callable[[], Sums]
+    accumulate: Callable[[Params, Sums, Batch], tuple[Sums, jax.Array]]
+    apply: Callable[[TrainState, Sums], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: ModelConfig,
+    mesh: Mesh,
+    metric_names: tuple[str, ...],
+) -> TrainStep:
+    """Compiles (lazily) the programs of one stage.
+
+    Args:
+        loss_fn: (params, batch) -> (scalar sum, ({name: scalar sum}, [B, T] log-probs)).
+        optimizer: applied once a step.
+        schedule: the learning rate that `optimizer` uses, for the metrics.
+        config: the model.
+        mesh: the devices.
+        metric_names: the names that `loss_fn` returns.
+    """
+    param_shardings = qwen2.param_shardings(config, mesh)
+    everywhere = sharding.replicated(mesh)
+    sums_shardings = Sums(param_shardings, everywhere, dict.fromkeys(metric_names, everywhere))
+
+    def zeros() -> Sums:
+        grads = qwen2.map_table(lambda info: jnp.zeros(info.shape, jnp.float32), config)
+        return Sums(grads, jnp.zeros(()), {name: jnp.zeros(()) for name in metric_names})
+
+    def accumulate(params: Params, sums: Sums, batch: Batch) -> tuple[Sums, jax.Array]:
+        (loss, (metrics, logprob_BT)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, batch
+        )
+        return jax.tree.map(jnp.add, sums, Sums(grads, loss, metrics)), logprob_BT
+
+    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
+        norm = optax.tree.norm(sums.grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+        updates, opt_state = optimizer.update(sums.grads, state.opt_state, state.params)
+        updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return state, sums.metrics | {
+            "optimizer/finite": finite,
+            "optimizer/grad_norm": norm,
+            "optimizer/learning_rate": jnp.asarray(schedule(state.step - 1), jnp.float32),
+        }
+
+    rows = sharding.sharding(mesh, (mesh.size, mesh.size), "batch", "length")
+    return TrainStep(
+        zeros=jax.jit(zeros, out_shardings=sums_shardings),
+        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=(sums_shardings, rows)),
+        apply=jax.jit(apply, donate_argnums=0),
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before step 0; moments lie as their parameters do. `params` are donated."""
+
+    def init(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    abstract = jax.eval_shape(init, params)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    everywhere = sharding.replicated(mesh)
+    out = TrainState(
+        everywhere,
+        shardings,
+        optax.tree.map_params(
+            optimizer,
+            lambda _, s: s,
+            abstract.opt_state,
+            shardings,
+            transform_non_params=lambda _: everywhere,
+        ),
+    )
+    return jax.jit(init, donate_argnums=0, out_shardings=out)(params)
+
+
+def row_logprobs(
+    params: Params,
+    rows: Batch,
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    temperature: float = 1.0,
+) -> TokenLogprobs:
+    """What the policy says of the targets of packed rows, where their loss weight is not 0."""
+    x_BTE = qwen2.hidden_states(
+        params,
+        rows["token"],
+        rows["position"],
+        rows["segment"],
+        model,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+    )
+    head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
+    return token_logprobs(
+        x_BTE, head_VE, rows["target"], needed_BT, vocab=model.vocab, temperature=temperature
+    )
+
+
+def sum_documents(
+    step: TrainStep, params: Params, documents: Sequence[Document], config: TrainConfig, mesh: Mesh
+) -> tuple[Sums, list[np.ndarray]]:
+    """Gradients, loss and metrics of all documents, and each one's log-probs (see `unpack`)."""
+    row_plan = packing.plan([len(d.tokens) for d in documents], config.row_tokens)
+    rows = packing.pack(documents, row_plan, config.row_tokens)
+    sums, logprobs = step.zeros(), []
+    for part, real in packing.microbatches(rows, config.microbatch_rows):
+        sums, logprob_BT = step.accumulate(params, sums, place(part, mesh))
+        logprobs.append(logprob_BT[:real])
+    if not logprobs:
+        return sums, []
+    return sums, packing.unpack(np.concatenate(jax.device_get(logprobs)), documents, row_plan)
+
+
+def score_documents(
+    score: Callable[[Params, Batch], jax.Array],
+    params: Params,
+    documents: Sequence[Document],
+    config: TrainConfig,
+    mesh: Mesh,
+) -> list[np.ndarray]:
+    """Each document's log-probs under `params`, without gradients.
+
+    Args:
+        score: a jitted (params, batch) -> [B, T] log-probs.
+        params: of the model to score with.
+        documents: tokens of weight 0 get 0.
+        config: rows and micro-batches.
+        mesh: the devices.
+    """
+    row_plan = packing.plan([len(d.tokens) for d in documents], config.row_tokens)
+    rows = packing.pack(documents, row_plan, config.row_tokens)
+    parts = packing.microbatches(rows, config.microbatch_rows)
+    logprobs = [score(params, place(part, mesh))[:real] for part, real in parts]
+    return packing.unpack(np.concatenate(jax.device_get(logprobs)), documents, row_plan)
+
+
+def place(rows: dict[str, Any], mesh: Mesh) -> Batch:
+    """Rows [B, T] from the host, laid out over the mesh.
+
+    Raises:
+        ValueError: B or T does not divide over the mesh; the message names the axis.
+    """
+    return {
+        name: jax.device_put(x_BT, sharding.sharding(mesh, x_BT.shape, "batch", "length"))
+        for name, x_BT in rows.items()
+    }
