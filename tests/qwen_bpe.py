@@ -58,6 +58,14 @@ def read_ranks() -> list[bytes]:
 
 def find_merge(token: bytes, rank_of: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two pieces of `token` before its last merge."""
+    rank = rank_of[token]
+    splits = [
+        i
+        for i in range(1, len(token))
+        if rank_of.get(token[:i], rank) < rank and rank_of.get(token[i:], rank) < rank
+    ]
+    if len(splits) == 1:  # mostly; no other merge can be the last
+        return token[: splits[0]], token[splits[0] :]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [rank_of.get(a + b, len(rank_of)) for a, b in itertools.pairwise(parts)]

@@ -3,115 +3,31 @@
 import json
 import os
 import re
-import resource
 import shutil
 import socket
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
+from hf_folder import (
+    DTYPES,
+    SETTINGS,
+    assert_same,
+    layer_shapes,
+    make_tensors,
+    read_folder,
+    write_folder,
+)
 
 from vibejax import checkpoint_reader, qwen2, weights
 from vibejax.safetensors_folder import SafetensorsFolder
 from vibejax.sharding import make_mesh
 from vibejax.weights import CheckpointError
-
-SETTINGS = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "torch_dtype": "float32",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "bos_token_id": 5,
-    "eos_token_id": 7,
-    "attention_dropout": 0.0,
-    "layer_types": ["full_attention"] * 3,
-}
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
-
-def layer_shapes(settings: dict) -> dict[str, tuple[int, ...]]:
-    E, F = settings["hidden_size"], settings["intermediate_size"]
-    D = settings.get("head_dim", E // settings["num_attention_heads"])
-    H, K = settings["num_attention_heads"] * D, settings["num_key_value_heads"] * D
-    shapes = {
-        "input_layernorm.weight": (E,),
-        "post_attention_layernorm.weight": (E,),
-        "self_attn.q_proj.weight": (H, E),
-        "self_attn.k_proj.weight": (K, E),
-        "self_attn.v_proj.weight": (K, E),
-        "self_attn.o_proj.weight": (E, H),
-        "mlp.gate_proj.weight": (F, E),
-        "mlp.up_proj.weight": (F, E),
-        "mlp.down_proj.weight": (E, F),
-    }
-    if settings["model_type"] == "qwen2":
-        biases = {"q": (H,), "k": (K,), "v": (K,)}
-        shapes |= {f"self_attn.{name}_proj.bias": shape for name, shape in biases.items()}
-    return shapes
-
-
-def make_tensors(settings: dict, dtype: str) -> dict[str, np.ndarray]:
-    V, E = settings["vocab_size"], settings["hidden_size"]
-    shapes = {"model.embed_tokens.weight": (V, E), "model.norm.weight": (E,)}
-    for layer in range(settings["num_hidden_layers"]):
-        for name, shape in layer_shapes(settings).items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    if not settings["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (V, E)
-    rng = np.random.default_rng(0)
-    return {k: rng.normal(size=shape).astype(DTYPES[dtype]) for k, shape in shapes.items()}
-
-
-def write_folder(folder: Path, settings: dict, tensors: dict, shards: int = 1) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(settings))
-    if shards == 1:
-        safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return folder
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[i::shards])
-        safetensors.numpy.save_file(part, folder / file, {"format": "pt"})
-        weight_map |= {name: file for name in part}
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
-def read_folder(folder: Path) -> dict[str, np.ndarray]:
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        part = safetensors.numpy.load_file(file)
-        assert not tensors.keys() & part.keys()
-        tensors |= part
-    return tensors
-
-
-def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert ours[name].shape == tensor.shape, name
-        assert ours[name].tobytes() == tensor.tobytes(), name
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -167,29 +83,24 @@ def test_tensors_land_where_the_forward_pass_reads_them(tmp_path):
     assert not embed_VE[300:].any()
 
 
-def test_shards_and_index_are_complete(tmp_path):
-    src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
-    weights.convert(src, tmp_path / "dst", None, max_shard_bytes=30_000)
-    index = json.loads((tmp_path / "dst/model.safetensors.index.json").read_text())
-    tensors = read_folder(tmp_path / "dst")
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
-    assert index["weight_map"].keys() == tensors.keys()
-    for file in (tmp_path / "dst").glob("*.safetensors"):
-        held = safetensors.numpy.load_file(file)
-        assert {name for name, f in index["weight_map"].items() if f == file.name} == held.keys()
-        assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= 30_000
-
-
 def test_exported_settings_carry_over_what_the_model_does_not_decide(tmp_path):
     src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
     (src / "generation_config.json").write_text('{"eos_token_id": [7, 8], "top_p": 0.9}')
-    (src / "tokenizer.json").write_text("{}")
+    (src / "special_tokens_map.json").write_text("{}")
     assert weights.main(["import", str(src), str(tmp_path / "dst")]) == 0
     written = json.loads((tmp_path / "dst/config.json").read_text())
     expected = {k: v for k, v in SETTINGS.items() if k != "layer_types"}
     assert {k: written[k] for k in expected} == expected
-    for name in ("generation_config.json", "tokenizer.json"):
+    for name in ("generation_config.json", "special_tokens_map.json"):
         assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
+
+
+def test_a_broken_tokenizer_stops_before_the_work(tmp_path, capsys):
+    src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
+    (src / "tokenizer.json").write_text("{}")
+    assert weights.main(["import", str(src), str(tmp_path / "dst")]) == 1
+    assert "src/tokenizer.json: " in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
 
 
 MESHES = [{"fsdp": 8}, {"tensor": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -296,159 +207,6 @@ def test_an_axis_that_does_not_divide_is_named(tmp_path):
         weights.load_params(src, config, make_mesh({"tensor": 4, "data": 2}), jnp.float32)
 
 
-def test_a_tied_head_is_accepted_only_as_a_copy(tmp_path):
-    settings = SETTINGS | {"tie_word_embeddings": True}
-    tensors = make_tensors(settings, "float32")
-    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
-    src = write_folder(tmp_path / "equal", settings, tensors | head)
-    weights.convert(src, tmp_path / "dst", None)
-    assert_same(read_folder(tmp_path / "dst"), tensors)
-    head["lm_head.weight"][-1, -1] += 1
-    src = write_folder(tmp_path / "other", settings, tensors | head)
-    with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but lm_head.weight"):
-        weights.convert(src, tmp_path / "dst2", None)
-
-
-# Bad input: what is done to a good folder of two shards, and what the one line says.
-
-
-def _without(name):
-    return lambda settings, tensors: tensors.pop(name)
-
-
-def _settings(**changes):
-    return lambda settings, tensors: settings.update(changes)
-
-
-def _reshape(settings, tensors):
-    tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((24, 15), np.float32)
-
-
-def _extra(settings, tensors):
-    tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(4, np.float32)
-
-
-def _integers(settings, tensors):
-    tensors["model.norm.weight"] = np.zeros(16, np.int8)
-
-
-BAD = {
-    "missing tensor": (
-        _without("model.layers.1.self_attn.k_proj.bias"),
-        r"tensor model.layers.1.self_attn.k_proj.bias is missing",
-    ),
-    "untied without a head": (_without("lm_head.weight"), "tensor lm_head.weight is missing"),
-    "wrong shape": (
-        _reshape,
-        r"tensor model.layers.2.mlp.up_proj.weight has shape \(24, 15\), must be \(24, 16\)",
-    ),
-    "unknown tensor": (_extra, "tensor model.layers.0.self_attn.q_norm.weight has no place"),
-    "integers": (_integers, "tensor model.norm.weight has dtype I8, must be among F32, BF16, F16"),
-    "architecture": (
-        _settings(model_type="mistral"),
-        r"config.json: model_type 'mistral' is not supported \(qwen2, llama\)",
-    ),
-    "window": (
-        _settings(use_sliding_window=True, sliding_window=32, max_window_layers=0),
-        "sliding window attention is not supported",
-    ),
-    "rope": (
-        _settings(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
-        r"rope type 'llama3' is not supported \(default, linear, dynamic, yarn\)",
-    ),
-    "partial rope": (_settings(partial_rotary_factor=0.5), "partial_rotary_factor is not"),
-    "yarn without a number": (
-        _settings(rope_scaling={"rope_type": "linear", "factor": "big"}),
-        "factor = 'big' must be a positive number",
-    ),
-    "activation": (_settings(hidden_act="gelu"), r"hidden_act 'gelu' is not supported \(silu\)"),
-    "quantized": (_settings(quantization_config={"bits": 4}), "quantized"),
-    "no layers": (_settings(num_hidden_layers=0), "num_hidden_layers = 0 must be a positive"),
-    "a size as text": (_settings(hidden_size="16"), "hidden_size = '16' must be a positive whole"),
-    "missing key": (_settings(intermediate_size=None), "key 'intermediate_size' is missing"),
-    "heads": (_settings(num_key_value_heads=3), "4 heads must be a multiple of 3"),
-    "llama's o bias": (
-        _settings(model_type="llama", attention_bias=True),
-        "attention_bias = true is not supported",
-    ),
-}
-
-
-def assert_one_line(folder: Path, message: str, capsys) -> None:
-    dst = folder.parent / "dst"
-    assert weights.main(["import", str(folder), str(dst)]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert re.search(message, err), err
-    assert str(folder) in err
-    assert not dst.exists()
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_checkpoint_gets_one_line(case, tmp_path, capsys):
-    settings, tensors = dict(SETTINGS), make_tensors(SETTINGS, "float32")
-    change, message = BAD[case]
-    change(settings, tensors)
-    assert_one_line(write_folder(tmp_path / "src", settings, tensors, 2), message, capsys)
-
-
-def _remove_shard(folder):
-    (folder / "model-00002-of-00002.safetensors").unlink()
-
-
-def _truncate_shard(folder):
-    file = folder / "model-00002-of-00002.safetensors"
-    os.truncate(file, file.stat().st_size - 5)
-
-
-def _empty_shard(folder):
-    os.truncate(folder / "model-00001-of-00002.safetensors", 0)
-
-
-def _escape(folder):
-    index = folder / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
-
-
-def _swap_shards(folder):
-    one, two = sorted(folder.glob("*.safetensors"))
-    one.rename(folder / "kept")
-    two.rename(one)
-    (folder / "kept").rename(two)
-
-
-def _no_weights(folder):
-    for file in folder.glob("model*"):
-        file.unlink()
-
-
-def _broken_json(folder):
-    (folder / "config.json").write_text('{"model_type": ')
-
-
-DAMAGE = {
-    "missing shard": (_remove_shard, r"model-00002-of-00002.safetensors: the shard is missing"),
-    "truncated": (_truncate_shard, r"model-00002-of-00002.safetensors: damaged or truncated"),
-    "empty": (_empty_shard, r"model-00001-of-00002.safetensors: damaged or truncated"),
-    "path": (_escape, r"shard '../model-00001-of-00002.safetensors' must be a file in the same"),
-    "swapped": (
-        _swap_shards,
-        r"safetensors: tensor \S+ is missing, though model.safetensors.index",
-    ),
-    "no weights": (_no_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
-    "broken json": (_broken_json, "config.json: not JSON"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_folder_gets_one_line(case, tmp_path, capsys):
-    folder = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"), 2)
-    damage, message = DAMAGE[case]
-    damage(folder)
-    assert_one_line(folder, message, capsys)
-
-
 def test_numbers_beyond_float16_are_not_written_as_infinity(tmp_path):
     tensors = make_tensors(SETTINGS, "bfloat16")
     tensors["model.layers.0.mlp.down_proj.weight"][3, 4] = 1e6
@@ -458,38 +216,6 @@ def test_numbers_beyond_float16_are_not_written_as_infinity(tmp_path):
     ):
         weights.convert(src, tmp_path / "dst", "float16")
     assert not (tmp_path / "dst").exists()
-
-
-def test_a_write_that_fails_leaves_the_last_export(tmp_path):
-    src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
-    weights.convert(src, tmp_path / "dst", None)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "dst").iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8_192, hard))  # as a full disk: writing fails
-    try:
-        with pytest.raises(CheckpointError, match=r"dst: not written, File too large \(0.00 GB to"):
-            weights.convert(src, tmp_path / "dst", None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {file.name: file.read_bytes() for file in (tmp_path / "dst").iterdir()} == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
-
-
-def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
-    src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
-    for leftover in (".dst.partial", ".dst.old"):  # of processes that were killed
-        (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "config.json").write_text("{}")
-    weights.convert(src, tmp_path / "dst", None)
-    (tmp_path / "dst/stale").touch()
-    weights.convert(src, tmp_path / "dst", None)
-    assert not (tmp_path / "dst/stale").exists()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/thesis.tex").touch()
-    with pytest.raises(CheckpointError, match="home: exists and is no export; name a new folder"):
-        weights.convert(src, tmp_path / "home", None)
-    assert (tmp_path / "home/thesis.tex").exists()
 
 
 def test_the_command_line_overwrites_nothing(tmp_path, capsys):
@@ -509,37 +235,6 @@ def test_info_says_what_a_checkpoint_is(tmp_path, capsys):
     assert lines["layers"] == "3"
     assert lines["rope"].startswith("theta=1000000.0 kind=default")
     assert lines["tokenizer"].startswith("none (")
-
-
-def test_locate_finds_folders_files_runs_and_packages(tmp_path, monkeypatch):
-    src = write_folder(tmp_path / "run/final", SETTINGS, make_tensors(SETTINGS, "float32"))
-    assert weights.locate(str(tmp_path / "run")) == src
-    assert weights.locate(str(src)) == src
-    (tmp_path / "model.gguf").touch()
-    assert weights.locate(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
-    package = tmp_path / "weights_package"
-    write_folder(package / "policy", SETTINGS, {})
-    (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert weights.locate("package:weights_package/policy") == package / "policy"
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("nowhere", "nowhere: no such file or folder"),
-        (".", "neither an HF folder .config.json. nor a run .final/."),
-        ("package:no_such_package/x", "no installed Python package 'no_such_package'"),
-        ("package:vibejax/../tests", "with a path inside the package"),
-        ("package:vibejax//etc/passwd", "with a path inside the package"),
-        ("package:vibejax", "with a path inside the package"),
-        ("package:vibejax.kernels/x", "no installed Python package 'vibejax.kernels'"),
-    ],
-)
-def test_locate_names_what_is_not_there(model, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=message):
-        weights.locate(model)
 
 
 MEASURE = textwrap.dedent("""
@@ -572,10 +267,10 @@ MEASURE = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory):
-    """A checkpoint of 150M bfloat16 parameters in a 3B's proportions, and that number."""
+    """A checkpoint of 100M bfloat16 parameters in a 3B's proportions, and that number."""
     settings = SETTINGS | dict(
-        vocab_size=50_000, hidden_size=768, intermediate_size=4_096, num_hidden_layers=12,
-        num_attention_heads=6, num_key_value_heads=1, tie_word_embeddings=True,
+        vocab_size=50_000, hidden_size=512, intermediate_size=4_096, num_hidden_layers=12,
+        num_attention_heads=8, num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
     E, V = settings["hidden_size"], settings["vocab_size"]
     block = np.random.default_rng(0).normal(size=V * E).astype(ml_dtypes.bfloat16)
@@ -609,4 +304,4 @@ def test_import_and_export_peak_below_1_3_copies(dtype, large_folder, tmp_path):
         shutil.rmtree(tmp_path / folder)
     assert converted < 0.3
     assert 0.9 < loaded < 1.3
-    assert saved < 0.5  # a compiled slice and one embedding, whatever the size
+    assert saved * copy < 200e6  # the compiler and some pieces, whatever the size
