@@ -1,0 +1,157 @@
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vibejax import attention, sharding
+
+# Two rows of packed documents. Row 0 ends in padding; row 1 holds its three documents in pieces
+# and out of order, as a row cut over the `context` axis does.
+SEGMENT_BT = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0], [3, 1, 1, 2, 3, 3, 1, 2, 1, 2, 3, 1]])
+POSITION_BT = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3], [2, 4, 0, 2, 0, 3, 1, 0, 2, 1, 1, 3]])
+
+attend = jax.jit(attention.attention)
+
+
+def inputs(H=4, K=2, D=6, dtype=np.float32):
+    random = np.random.default_rng(0)
+    shapes = [(*SEGMENT_BT.shape, heads, D) for heads in (H, K, K)]
+    return [random.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def by_loops(q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT):
+    """The definition, one query at a time in float64."""
+    q_BTHD, k_BTKD, v_BTKD = (x.astype(np.float64) for x in (q_BTHD, k_BTKD, v_BTKD))
+    B, T, H, D = q_BTHD.shape
+    out_BTHD = np.zeros((B, T, H, D))
+    for b, t, h in np.ndindex(B, T, H):
+        if segment_BT[b, t] == 0:
+            continue
+        k = h // (H // k_BTKD.shape[2])
+        seen = (segment_BT[b] == segment_BT[b, t]) & (position_BT[b] <= position_BT[b, t])
+        score_S = k_BTKD[b, seen, k] @ q_BTHD[b, t, h] / D**0.5
+        weight_S = np.exp(score_S - score_S.max())
+        out_BTHD[b, t, h] = weight_S @ v_BTKD[b, seen, k] / weight_S.sum()
+    return out_BTHD
+
+
+def test_by_hand():
+    """One head of one dimension: keys ln 1, ln 2, ln 5 and q = 1 give weights 1, 2, 5.
+
+    Values 8, 4, 16: token 0 sees 8; token 1 (8 + 2 * 4) / 3; token 2 (8 + 2 * 4 + 5 * 16) / 8.
+    """
+    q_BTHD = np.ones((1, 3, 1, 1), np.float32)
+    k_BTKD = np.log(np.array([1, 2, 5], np.float32)).reshape(1, 3, 1, 1)
+    v_BTKD = np.array([8, 4, 16], np.float32).reshape(1, 3, 1, 1)
+    out = attend(q_BTHD, k_BTKD, v_BTKD, np.arange(3)[None], np.ones((1, 3), int))
+    np.testing.assert_allclose(out[0, :, 0, 0], [8, 16 / 3, 12], rtol=1e-6)
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (4, 1)])
+def test_equals_the_definition(H, K):
+    args = inputs(H, K)
+    got = attend(*args, POSITION_BT, SEGMENT_BT)
+    np.testing.assert_allclose(got, by_loops(*args, POSITION_BT, SEGMENT_BT), atol=2e-6)
+
+
+def test_bfloat16_keeps_its_type_and_softmaxes_in_float32():
+    args = inputs(dtype=jnp.bfloat16)
+    got = attend(*args, POSITION_BT, SEGMENT_BT)
+    assert got.dtype == jnp.bfloat16
+    want = by_loops(*args, POSITION_BT, SEGMENT_BT)
+    np.testing.assert_allclose(got.astype(np.float32), want, atol=2e-2)
+
+
+def test_documents_do_not_leak():
+    """Changing every token of document 1 leaves all others bit-identical."""
+    args = inputs()
+    before = attend(*args, POSITION_BT, SEGMENT_BT)
+    other = SEGMENT_BT != 1
+    changed = [np.where(other[..., None, None], x, np.float32(7)) for x in args]
+    after = attend(*changed, POSITION_BT, SEGMENT_BT)
+    np.testing.assert_array_equal(after[other], before[other])
+
+
+def test_the_future_does_not_leak():
+    """Changing every token at position 2 leaves what comes before it bit-identical."""
+    args = inputs()
+    before = attend(*args, POSITION_BT, SEGMENT_BT)
+    changed = [np.where((POSITION_BT == 2)[..., None, None], np.float32(7), x) for x in args]
+    after = attend(*changed, POSITION_BT, SEGMENT_BT)
+    earlier = POSITION_BT < 2
+    np.testing.assert_array_equal(after[earlier], before[earlier])
+    assert np.any(after[1, SEGMENT_BT[1] > 0] != before[1, SEGMENT_BT[1] > 0])
+
+
+def test_padding_is_zero_and_gets_no_gradient():
+    args = inputs()
+    pad = SEGMENT_BT == 0
+
+    def total(q, k, v):
+        out = attention.attention(q, k, v, POSITION_BT, SEGMENT_BT)
+        return jnp.sum(jnp.sin(out)), out
+
+    grads, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*args)
+    np.testing.assert_array_equal(out[pad], 0.0)
+    for g in grads:
+        np.testing.assert_array_equal(g[pad], 0.0)
+        assert np.all(np.isfinite(g))
+
+
+def test_the_order_of_tokens_in_a_row_plays_no_part():
+    args = inputs()
+    order = np.random.default_rng(1).permutation(SEGMENT_BT.shape[1])
+    straight = attend(*args, POSITION_BT, SEGMENT_BT)
+    moved = attend(*(x[:, order] for x in args), POSITION_BT[:, order], SEGMENT_BT[:, order])
+    np.testing.assert_allclose(moved, straight[:, order], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_decoding_is_the_last_row_of_attention(dtype, tolerance):
+    """The cache of 12 entries holds 5 tokens of document 1 and 3 of 2; its rest is garbage."""
+    q, k, v = inputs(dtype=dtype)
+    full = attend(q, k, v, POSITION_BT, SEGMENT_BT).astype(np.float32)
+    for last, segment in ((4, 1), (7, 2)):
+        visible_BS = np.array([SEGMENT_BT[0] == segment])
+        garbage = np.where(visible_BS[..., None, None], 0, 1e4).astype(dtype)
+        k_BKDS, v_BKSD = (k[:1] + garbage).transpose(0, 2, 3, 1), (v[:1] + garbage).swapaxes(1, 2)
+        got = attention.decode_attention(q[:1, last], k_BKDS, v_BKSD, visible_BS)
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got[0].astype(np.float32), full[0, last], atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"context": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}],
+    ids=str,
+)
+def test_meshes_equal_one_device(sizes):
+    args = (*inputs(), POSITION_BT, SEGMENT_BT)
+    mesh = sharding.make_mesh(sizes)
+    axes = [("batch", "length", name, None) for name in ("heads", "kv_heads", "kv_heads")]
+    axes += [("batch", "length")] * 2
+    shardings = [sharding.sharding(mesh, x.shape, *a) for x, a in zip(args, axes, strict=True)]
+    with jax.set_mesh(mesh):
+        run = jax.jit(attention.attention, out_shardings=shardings[0])
+        got = run(*jax.device_put(args, tuple(shardings)))
+    assert len(got.sharding.device_set) == 8
+    np.testing.assert_allclose(got, attend(*args), atol=1e-6)
+
+
+def test_head_counts_must_divide():
+    q, k, v = inputs(H=4, K=3)
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3 key/value heads"):
+        attention.attention(q, k, v, POSITION_BT, SEGMENT_BT)
+    cache = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3 key/value heads"):
+        attention.decode_attention(q[:, 0], *cache, SEGMENT_BT > 0)
+
+
+def test_keys_and_values_must_be_alike():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match=r"keys \(2, 12, 2, 6\) and values \(2, 11, 2, 6\) differ"):
+        attention.attention(q, k, v[:, 1:], POSITION_BT, SEGMENT_BT)
+    cache = k.transpose(0, 2, 3, 1), v[:, 1:].swapaxes(1, 2)
+    with pytest.raises(ValueError, match=r"keys \(2, 2, 12, 6\) and values \(2, 2, 11, 6\) differ"):
+        attention.decode_attention(q[:, 0], *cache, SEGMENT_BT > 0)
