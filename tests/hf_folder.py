@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from vibejax import weights
+
 SETTINGS = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -96,3 +98,12 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> N
         assert ours[name].dtype == tensor.dtype, name
         assert ours[name].shape == tensor.shape, name
         assert ours[name].tobytes() == tensor.tobytes(), name
+
+
+def command(*arguments: object) -> int:
+    """The exit status of `python -m vibejax.weights` with these arguments."""
+    try:
+        weights.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        return exit.code
+    return 0

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_folder import SETTINGS, assert_same, make_tensors, read_folder, write_folder
+from hf_folder import SETTINGS, assert_same, command, make_tensors, read_folder, write_folder
 
 from vibejax import weights
+from vibejax.config import InputError
 from vibejax.weights import CheckpointError
 
 
@@ -39,7 +40,7 @@ def test_locate_finds_folders_files_runs_and_packages(tmp_path, monkeypatch):
 )
 def test_locate_names_what_is_not_there(model, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(InputError, match=message):
         weights.locate(model)
 
 
@@ -123,7 +124,7 @@ BAD = {
 
 def assert_one_line(folder: Path, message: str, capsys) -> None:
     dst = folder.parent / "dst"
-    assert weights.main(["import", str(folder), str(dst)]) == 1
+    assert command("import", folder, dst) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_folder import command
 from tokenizers import pre_tokenizers
 
 from vibejax import tokenizer, weights
@@ -276,7 +277,7 @@ def test_the_tokenizer_survives_the_way_to_an_hf_folder(tmp_path):
 @pytest.mark.parametrize("pre", ["smollm", "qwen2"])
 def test_the_command_line_says_where_transformers_would_split_otherwise(pre, tmp_path, capsys):
     load_tokenizer(tmp_path, pre=pre)
-    assert weights.main(["import", str(tmp_path / "t.gguf"), str(tmp_path / "hf")]) == 0
+    assert command("import", tmp_path / "t.gguf", tmp_path / "hf") == 0
     err = capsys.readouterr().err
     assert ("PreTrainedTokenizerFast reads it as it is" in err) == (pre == "smollm")
 
@@ -342,7 +343,7 @@ BAD = {
 def test_bad_metadata_get_one_line(case, tmp_path, capsys):
     architecture, changes, message = BAD[case]
     path = write_gguf(tmp_path / "m.gguf", architecture, make_tensors("llama"), **changes)
-    assert weights.main(["import", str(path), str(tmp_path / "dst")]) == 1
+    assert command("import", path, tmp_path / "dst") == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(path) in err
     assert re.search(message, err), err

@@ -18,6 +18,7 @@ from hf_folder import (
     DTYPES,
     SETTINGS,
     assert_same,
+    command,
     layer_shapes,
     make_tensors,
     read_folder,
@@ -51,7 +52,7 @@ def test_the_command_line_keeps_every_tensors_own_dtype(tied, tmp_path, capsys):
     tensors = make_tensors(settings, "bfloat16")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     src = write_folder(tmp_path / "src", settings, tensors)
-    assert weights.main(["import", str(src), str(tmp_path / "dst")]) == 0
+    assert command("import", src, tmp_path / "dst") == 0
     assert_same(read_folder(tmp_path / "dst"), tensors)
     assert capsys.readouterr() == ("", "")
 
@@ -59,7 +60,7 @@ def test_the_command_line_keeps_every_tensors_own_dtype(tied, tmp_path, capsys):
 def test_dtype_as_asked(tmp_path):
     tensors = make_tensors(SETTINGS, "float32")
     src = write_folder(tmp_path / "src", SETTINGS, tensors)
-    assert weights.main(["export", str(src), str(tmp_path / "dst"), "--dtype", "bfloat16"]) == 0
+    assert command("export", src, tmp_path / "dst", "--dtype", "bfloat16") == 0
     assert_same(
         read_folder(tmp_path / "dst"),
         {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()},
@@ -87,7 +88,7 @@ def test_exported_settings_carry_over_what_the_model_does_not_decide(tmp_path):
     src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
     (src / "generation_config.json").write_text('{"eos_token_id": [7, 8], "top_p": 0.9}')
     (src / "special_tokens_map.json").write_text("{}")
-    assert weights.main(["import", str(src), str(tmp_path / "dst")]) == 0
+    assert command("import", src, tmp_path / "dst") == 0
     written = json.loads((tmp_path / "dst/config.json").read_text())
     expected = {k: v for k, v in SETTINGS.items() if k != "layer_types"}
     assert {k: written[k] for k in expected} == expected
@@ -98,7 +99,7 @@ def test_exported_settings_carry_over_what_the_model_does_not_decide(tmp_path):
 def test_a_broken_tokenizer_stops_before_the_work(tmp_path, capsys):
     src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
     (src / "tokenizer.json").write_text("{}")
-    assert weights.main(["import", str(src), str(tmp_path / "dst")]) == 1
+    assert command("import", src, tmp_path / "dst") == 1
     assert "src/tokenizer.json: " in capsys.readouterr().err
     assert not (tmp_path / "dst").exists()
 
@@ -220,13 +221,13 @@ def test_numbers_beyond_float16_are_not_written_as_infinity(tmp_path):
 
 def test_the_command_line_overwrites_nothing(tmp_path, capsys):
     src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
-    assert weights.main(["import", str(src), str(src)]) == 1
+    assert command("import", src, src) == 1
     assert "src: exists; name a new folder" in capsys.readouterr().err
 
 
 def test_info_says_what_a_checkpoint_is(tmp_path, capsys):
     src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "bfloat16"))
-    assert weights.main(["info", str(src)]) == 0
+    assert command("info", src) == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     count = sum(tensor.size for tensor in read_folder(src).values())
     assert lines["parameters"] == f"{count:,}"

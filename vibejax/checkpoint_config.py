@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vibejax.config import InputError
 from vibejax.qwen2 import ModelConfig
 from vibejax.rope import Rope
 
@@ -28,7 +29,7 @@ _NOT_CARRIED = frozenset(
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint cannot be read or written; the message is one line: path, tensor, rule."""
 
 

@@ -5,7 +5,6 @@ the format is; `qwen2.param_table` decides what they have to be.
 """
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from vibejax import checkpoint_config, qwen2
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.gguf_reader import GGUFFile
+from vibejax.locations import resolve
 from vibejax.qwen2 import ModelConfig, ParamInfo
 from vibejax.safetensors_folder import SafetensorsFolder, Tensor, read_json
 
@@ -52,9 +52,9 @@ def locate(model: str) -> Path:
             without being imported.
 
     Raises:
-        CheckpointError: there is nothing of the kind.
+        InputError: there is nothing of the kind.
     """
-    path = _in_package(model) if model.startswith("package:") else Path(model)
+    path = resolve(model)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -63,18 +63,6 @@ def locate(model: str) -> Path:
         if (folder / "config.json").exists():
             return folder
     raise CheckpointError(f"{model}: neither an HF folder (config.json) nor a run (final/)")
-
-
-def _in_package(model: str) -> Path:
-    name, _, inner = model.removeprefix("package:").partition("/")
-    # A dotted name would import the parent package.
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(f"{model}: no installed Python package {name!r}")
-    if not inner or Path(inner).is_absolute() or ".." in Path(inner).parts:
-        raise CheckpointError(f"{model}: must be package:NAME/PATH with a path inside the package")
-    paths = [Path(root) / inner for root in spec.submodule_search_locations]
-    return next((path for path in paths if path.exists()), paths[0])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -23,6 +23,7 @@ import tokenizers
 
 from vibejax import gguf_tokenizer
 from vibejax.checkpoint_config import CheckpointError
+from vibejax.config import InputError
 from vibejax.gguf_reader import GGUFFile
 from vibejax.safetensors_folder import read_json, write_json
 
@@ -40,7 +41,7 @@ _MARK = re.compile("[\ue000\ue001]")
 _MARKED = re.compile("\ue000([^\ue000\ue001]*)\ue001")
 
 
-class ChatError(ValueError):
+class ChatError(InputError):
     """A chat template is broken, or refuses the messages; the message is one line."""
 
 

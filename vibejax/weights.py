@@ -37,6 +37,7 @@ from vibejax.checkpoint_reader import (
     read_pieces,
     row_pieces,
 )
+from vibejax.config import errors_in_one_line
 from vibejax.qwen2 import ModelConfig, ParamInfo, Params
 from vibejax.safetensors_folder import Tensor, published, read_json, write_json
 
@@ -329,8 +330,8 @@ def describe(path: Path) -> str:
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vibejax.weights",
         description=__doc__,
@@ -349,22 +350,18 @@ def main(arguments: list[str] | None = None) -> int:
             "--dtype", choices=DTYPES, help="default: the source's own; float32 for GGUF"
         )
     parsed = parser.parse_args(arguments)
-    try:
+    with errors_in_one_line():
         src = locate(parsed.src)
         if parsed.command == "info":
             print(describe(src))
-            return 0
+            return
         if parsed.dst.exists():
             raise CheckpointError(f"{parsed.dst}: exists; name a new folder")
         convert(src, parsed.dst, parsed.dtype)
         backend = _backend(parsed.dst)
         if backend is not None and not gguf_tokenizer.splits_like_qwen2(backend):
             print(f"{parsed.dst}: {_OTHER_WORDS}", file=sys.stderr)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
