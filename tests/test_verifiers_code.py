@@ -89,7 +89,7 @@ def test_garbage_as_source_is_wrong(source):
         ("print(sum(map(int, open(0).read().split())), end='')", STDIN),
         ("import os\nos.write(1, b'3\\n')\nos._exit(0)", STDIN),
         ("import sys\nif __name__ == '__main__':\n    print(3)\n    sys.exit()", STDIN),
-        ("import threading\nthreading.Thread(target=lambda: print(3)).start()", STDIN),
+        ("import threading\nthreading.Timer(0.1, print, [3]).start()", STDIN),
         ("import atexit\natexit.register(print, 3)", STDIN),
         ("import sys\nsys.stdout.write('3')", json.dumps(STDIN)),
         (ADD, CALL),
@@ -187,11 +187,14 @@ def test_recursion_in_a_thread_with_a_large_stack():
 
 
 @pytest.mark.parametrize(
-    "value", [-1e300, [[]] * 3, {"a": [1, 2.5], "b": None}, "é\ud800", 10**4000]
+    "value",
+    [-1e300, [[]] * 3, {"a": [1, 2.5], "b": None}, "é\ud800", 10**5000],
+    ids=lambda value: type(value).__name__,
 )
 def test_arguments_and_results_keep_their_value(value):
     tests = {"type": "call", "function": "same", "cases": [{"args": [value], "expected": value}]}
     assert verify("def same(x): return x", tests).correct
+    assert verify("def same(x): return (x, x)", tests).outcome is Outcome.WRONG
 
 
 def test_objects_of_the_solution_can_be_handed_back():
@@ -529,12 +532,12 @@ def test_helpers_of_setup_are_not_the_solutions():
     tests = {
         "type": "assert",
         "entry_point": "root",
-        "setup": "def poly(x): return x - 5\ndef root(): 'The zero of poly.'",
+        "setup": "def poly(x): return x - 5\ndef root(): return 5",
         "code": "def check(candidate):\n    assert poly(candidate()) == 0",
     }
     assert verify("def root(): return 5", tests).correct
-    fake = "def poly(x): return 0\ndef root(): return 6"
-    assert verify(fake, tests).outcome is Outcome.WRONG
+    for fake in ("def poly(x): return 0\ndef root(): return 6", "del root"):
+        assert verify(fake, tests).outcome is Outcome.WRONG
 
 
 def test_swallowed_loss_of_the_solution_is_wrong():

@@ -210,9 +210,9 @@ def _judge(kind: str, ended: sandbox.Ended, expected: Any, tolerance: float) -> 
         if code_tests.same_output(printed, expected, tolerance=tolerance):
             return _Result("+", "")
         return _Result("-", f"printed {_shown(printed)}, expected {_shown(expected)}")
-    if kind == code_tests.CALL and len(ended.reply) > SHORT_REPLY_BYTES:
-        if len(ended.reply) > SHORT_REPLY_BYTES + LONGEST_REPLY * len(repr(expected)):
-            return _Result("-", f"returned {len(ended.reply)} bytes, far more than expected")
+    wanted = plain.dumps(plain.encode(expected, int)).decode() if kind == code_tests.CALL else ""
+    if wanted and len(ended.reply) > SHORT_REPLY_BYTES + LONGEST_REPLY * len(wanted):
+        return _Result("-", f"returned {len(ended.reply)} bytes, far more than expected")
     try:
         reply = plain.loads(ended.reply)
     except (ValueError, RecursionError):
@@ -228,7 +228,7 @@ def _judge(kind: str, ended: sandbox.Ended, expected: Any, tolerance: float) -> 
     if same:
         return _Result("+", "")
     returned = ended.reply[: SHOWN_CHARS + 1].decode(errors="replace")
-    return _Result("-", f"replied {_shown(returned)}, expected {_shown(repr(expected))}")
+    return _Result("-", f"replied {_shown(returned)}, expected {_shown(wanted)}")
 
 
 def _shown(text: str) -> str:

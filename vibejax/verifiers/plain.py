@@ -32,10 +32,9 @@ def encode(value: Any, hand_over: Callable[[Any], int]) -> Any:
     if isinstance(value, ATOMS):
         return value
     if isinstance(value, int):
-        return int(value) if -SAFE_INT < value < SAFE_INT else {"int": hex(value)}
+        return value if -SAFE_INT < value < SAFE_INT else {"int": hex(value)}
     if isinstance(value, float):
-        finite = value - value == 0
-        return float(value) if finite else {"float": float.__repr__(value)}
+        return value if value - value == 0 else {"float": float.__repr__(value)}
     if isinstance(value, list):
         if set(map(type, value)) <= set(ATOMS):  # a large grid, quickly
             return list(value)
