@@ -94,9 +94,9 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """How documents become rows and rows become gradients; no choice here changes the result."""
 
-    row_tokens: Count = _field(512, "tokens of a packed row, a multiple of mesh.context")
+    row_tokens: Count = _field(65_536, "tokens of a packed row, a multiple of mesh.context")
     microbatch_rows: Count = _field(
-        4, "rows of one backward pass, a multiple of mesh.data x mesh.fsdp"
+        1, "rows of one backward pass, a multiple of mesh.data x mesh.fsdp"
     )
     remat: Literal["none", "full", "attention", "offload"] = _field(
         "none", "what is recomputed in the backward pass; see qwen2.hidden_states"
@@ -112,7 +112,7 @@ class RolloutConfig(Section):
         16, "completions G of a prompt, at least 2: advantages compare a group"
     )
     max_prompt_tokens: Count = _field(2_048, "a longer prompt is an error that names it")
-    max_completion_tokens: Count = _field(65_536, "longest completion, stop token included")
+    max_completion_tokens: Count = _field(63_488, "longest completion, stop token included")
     temperature: Positive = _field(1.0, "divides the logits; 1 samples the policy itself")
     top_p: Share = _field(1.0, "probability mass kept by nucleus sampling")
     top_k: Annotated[int, Field(ge=0)] = _field(0, "likeliest tokens kept; 0 keeps all")

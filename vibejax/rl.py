@@ -47,7 +47,7 @@ from vibejax.verifiers.pool import Pool
 DEFAULT = Path(__file__).parent / "quickstart" / "rl.toml"
 HELDOUT_DRAWS = 2**31 - 1  # the "step" of held-out draws: always the same, so gains are paired
 FILTER_DRAWS = 2**31 - 2
-SUMS = ("policy/loss", "policy/clipped", "policy/entropy", "policy/reference_kl")
+SUMS = ("policy/loss", "policy/clipped_tokens", "policy/entropy", "policy/reference_kl")
 COLUMNS = {
     "accuracy": ("rollout/accuracy", ".3f"),
     "all right": ("rollout/groups_all_right", ".2f"),
@@ -284,8 +284,8 @@ def update(
         state, values = setup.train_step.apply(state, sums)
         metrics |= {name: float(value) for name, value in values.items()}
         learnt = sum(np.count_nonzero(d.weights) for d in chosen)
-        for name in ("policy/clipped", "policy/entropy"):  # sums over tokens, shown as means
-            metrics[name] /= max(learnt, 1)
+        metrics["policy/clipped"] = metrics.pop("policy/clipped_tokens") / max(learnt, 1)
+        metrics["policy/entropy"] /= max(learnt, 1)
     return state, metrics
 
 

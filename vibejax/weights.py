@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -207,7 +208,7 @@ def save_params(
     def pieces(tensor: Tensor) -> Iterator[np.ndarray]:
         info = table[tensor.name]
         leaf = leaves[info.hf_name]
-        value = _on_host(leaf[layer_of[tensor.name]] if info.stacked else leaf)
+        value = _on_host(leaf, layer_of[tensor.name] if info.stacked else None)
         if info.inputs:
             value = value.reshape(tensor.shape[::-1]).T
         else:
@@ -230,12 +231,16 @@ def _pairs(params: Params, config: ModelConfig) -> list[tuple[ParamInfo, jax.Arr
     return jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+def _on_host(x: jax.Array, layer: int | None) -> np.ndarray:
+    """One parameter, or one layer of it, whole."""
+    (device, *others) = x.sharding.device_set
+    if device.platform == "cpu" and not others:
+        whole = np.asarray(x)  # a view of the array's own memory
+        return whole if layer is None else whole[layer]
+    part = x if layer is None else x[layer]
+    if not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    return np.asarray(part)
 
 
 def convert(src: Path, dst: Path, dtype: str | None, max_shard_bytes: float = 5e9) -> None:

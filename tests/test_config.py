@@ -1,0 +1,84 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vibejax import config
+from vibejax.config import ConfigError, RlConfig, SftConfig, load
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUICKSTART = Path(config.__file__).parent / "quickstart"
+BASE = 'policy = "p"\nprompts = "q"\n'
+SHIPPED = [
+    *[(RlConfig, p) for p in [*sorted(CONFIGS.glob("rl_*.toml")), QUICKSTART / "rl.toml"]],
+    *[(SftConfig, p) for p in sorted(CONFIGS.glob("*sft*.toml"))],
+]
+
+
+@pytest.mark.parametrize("cls, path", SHIPPED, ids=lambda x: getattr(x, "name", ""))
+def test_every_shipped_config_loads(cls, path):
+    load(cls, path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[rollout]\ngroup_sise = 8", "unknown key rollout.group_sise; did you mean rollout.grou"),
+        ("grop_size = 8", "unknown key grop_size; did you mean rollout.group_size?"),
+        ("[rollout]\ngroup_size = 1", "rollout.group_size = 1: must be greater than or equal to 2"),
+        ("[rollout]\ntop_p = true", "rollout.top_p = True: must be a valid number"),
+        ('[objective]\naggregation = "mean"', "objective.aggregation = 'mean': must be 'sequence'"),
+        ("[rollout]\nslots = 4", "slots = 4 must be at least group_size = 16"),
+        ("steps = ", "not valid TOML"),
+    ],
+)
+def test_message_names_file_key_and_rule(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(BASE + text)
+    with pytest.raises(ConfigError) as error:
+        load(RlConfig, path)
+    assert str(error.value).startswith(str(path))
+    assert message in str(error.value)
+
+
+def test_all_errors_come_at_once(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("steps = 0\nsede = 1\n[rollout]\ngroup_size = 1\n")
+    with pytest.raises(ConfigError) as error:
+        load(RlConfig, path, ["seed=-1"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 6  # steps, sede, group_size, seed, and the required policy and prompts
+    assert [line for line in lines if line.startswith("--set: seed = -1")]
+    assert f"{path}: policy is required" in lines
+
+
+def test_overrides_win_and_bare_words_are_strings(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(BASE)
+    got = load(RlConfig, path, ["rollout.top_p=0.95", "out=runs/x", "resume=true", "seed = 7"])
+    assert (got.rollout.top_p, got.out, got.resume, got.seed) == (0.95, "runs/x", True, 7)
+
+
+def test_resolved_configuration_reads_back(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(BASE)
+    want = load(RlConfig, path, ['out=a "quoted" name', "optimizer.learning_rate=3e-7"])
+    path.write_text(config.dump(want))
+    assert load(RlConfig, path) == want
+
+
+def test_configurations_are_frozen(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(BASE)
+    with pytest.raises(ValueError, match="frozen"):
+        load(RlConfig, path).steps = 3
+
+
+def test_help_lists_every_field_with_type_default_and_meaning():
+    command = [sys.executable, "-m", "vibejax.rl", "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name, _, field in config._fields(RlConfig):
+        assert f"\n  {name} (" in text
+        assert field.description in text
+    assert "rollout.group_size (int, default 16)" in text

@@ -1,0 +1,94 @@
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiny
+
+from vibejax import data, tokenizer
+from vibejax.data import DataError
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tiny.write_policy(folder / "p")
+    return tokenizer.load(folder / "p")
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ((), "is empty"),
+        (('{"prompt": "1"}', "{broken"), ":2: not a JSON object"),
+        (("[1]",), ":1: not a JSON object: list"),
+        (('{"text": "1"}',), ":1: has neither 'messages' nor a 'prompt'"),
+        (('{"messages": [{"role": "user"}]}',), ":1: messages must be a list of"),
+        (('{"prompt": ""}',), ":1: the prompt is empty"),
+        (('{"prompt": "1"}', '{"prompt": "1+2+3+4"}'), ":2: the prompt has 7 tokens, more than"),
+    ],
+)
+def test_bad_prompt_files_are_named_by_line(tmp_path, tokens, lines, message):
+    path = write(tmp_path / "p.jsonl", *lines)
+    with pytest.raises(DataError) as error:
+        data.read_prompts(path, tokens, max_tokens=6)
+    assert str(error.value).startswith(str(path))
+    assert message in str(error.value)
+
+
+def test_prompt_without_ground_truth_is_named(tmp_path, tokens):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "1", "verifier": "math"}')
+    prompts = data.read_prompts(path, tokens, max_tokens=6)
+    with pytest.raises(DataError, match="p.jsonl:1: has no 'ground_truth'"):
+        data.require_ground_truth(prompts, path)
+
+
+def test_verl_columns_are_read(tmp_path, tokens):
+    record = {
+        "data_source": "math_dapo",
+        "prompt": [{"role": "user", "content": "1+1"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": "2", "style": "rule"},
+        "extra_info": {"index": 4},
+    }
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    (prompt,) = data.read_prompts(path, tokens, max_tokens=99)
+    assert prompt.record["ground_truth"] == "2"
+    assert prompt.tokens == tuple(tokens.encode_chat(record["prompt"]))
+
+
+def test_order_is_a_function_of_seed_and_step():
+    steps = [data.step_indices(10, 3, step, 4) for step in range(5)]
+    assert sorted(i for step in steps[:2] for i in step)[:8] == sorted(set(sum(steps[:2], [])))
+    assert sorted(sum(steps, [])) == sorted([*range(10)] * 2)  # two passes, each complete
+    assert data.step_indices(10, 3, 4, 4) == steps[4]
+    assert data.step_indices(10, 4, 0, 4) != steps[0]
+
+
+def test_demonstration_ends_with_the_stop_token(tokens):
+    record = {"prompt": "1+1=", "completion": "2"}
+    ids, prompt = data.learning_document(record, tokens, "here")
+    assert prompt == 4
+    assert tokens.decode(ids[:-1].tolist()) == "1+1=2"
+    assert ids[-1] == tokens.eos_ids[0]
+
+
+def test_shipped_task_is_what_the_command_generates():
+    from vibejax import arithmetic
+    from vibejax.locations import resolve
+
+    task = arithmetic.digits_task(0)
+    seen = set()
+    for name in ("sft", "train", "heldout"):
+        prompts = {r["prompt"] for r in task[name]}
+        assert len(prompts) == len(task[name]) and not prompts & seen
+        seen |= prompts
+    for name in ("train", "heldout"):
+        path = resolve(f"package:vibejax/quickstart/{name}.jsonl")
+        assert [json.loads(line) for line in path.read_text().splitlines()] == task[name]

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vibejax import packing
+from vibejax.packing import Document
+
+
+def document(tokens, weights, **channels):
+    arrays = {name: np.asarray(x, np.float32) for name, x in channels.items()}
+    return Document(
+        tokens=np.asarray(tokens, np.int32),
+        weights=np.asarray(weights, np.float32),
+        channels=arrays,
+    )
+
+
+def test_row_by_hand():
+    documents = [
+        document([5, 6, 7], [0, 1, 2], advantage=[0, 3, 3]),
+        document([8, 9], [0, 4], advantage=[0, -1]),
+    ]
+    rows = packing.pack(documents, [[0, 1]], 6)
+    want = {
+        "token": [5, 6, 7, 8, 9, 0],
+        "target": [6, 7, 0, 9, 0, 0],
+        "position": [0, 1, 2, 0, 1, 0],
+        "segment": [1, 1, 1, 2, 2, 0],
+        "weight": [1, 2, 0, 4, 0, 0],  # the last token of a document predicts nothing
+        "advantage": [3, 3, 0, -1, 0, 0],
+    }
+    assert rows.keys() == want.keys()
+    for name, row in want.items():
+        np.testing.assert_array_equal(rows[name], [row], err_msg=name)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=30))
+def test_plan_places_every_document_once_and_never_overfills(lengths):
+    plan = packing.plan(lengths, 16)
+    assert sorted(i for row in plan for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 16 for row in plan)
+    # Any two rows could not be one: best fit leaves at most one row half empty.
+    assert sum(sum(lengths[i] for i in row) * 2 <= 16 for row in plan) <= 1
+
+
+def test_a_document_longer_than_a_row_is_named():
+    with pytest.raises(ValueError, match="document 1 has 9 tokens; a row holds 8"):
+        packing.plan([3, 9], 8)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=20))
+def test_unpack_returns_what_pack_placed(lengths):
+    rng = np.random.default_rng(0)
+    documents = [
+        document(rng.integers(1, 9, n), np.ones(n), value=np.r_[0, rng.random(n - 1)])
+        for n in lengths
+    ]
+    plan = packing.plan(lengths, 16)
+    rows = packing.pack(documents, plan, 16)
+    for got, d in zip(packing.unpack(rows["value"], documents, plan), documents, strict=True):
+        np.testing.assert_array_equal(got, d.channels["value"])
+
+
+def test_last_microbatch_is_filled_with_padding():
+    rows = packing.pack([document([1, 2], [0, 1])] * 5, [[i] for i in range(5)], 2)
+    parts = list(packing.microbatches(rows, 2))
+    assert [real for _, real in parts] == [2, 2, 1]
+    assert {part["token"].shape for part, _ in parts} == {(2, 2)}
+    np.testing.assert_array_equal(parts[2][0]["segment"][1], 0)

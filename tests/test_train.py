@@ -1,0 +1,105 @@
+"""Any split of a batch gives the same gradient, and a bad gradient changes nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from vibejax import optimizer, qwen2, rl, sharding, train
+from vibejax.config import OptimizerConfig, RlConfig, TrainConfig
+from vibejax.packing import Document
+
+MODEL = tiny.model_config(vocab=128, heads=8, kv_heads=4)
+
+
+def documents():
+    """Nine completions of different lengths, as a rollout leaves them."""
+    rng = np.random.default_rng(0)
+    out = []
+    for n in (5, 17, 32, 9, 9, 26, 3, 12, 30):
+        prompt = min(4, n - 1)
+        out.append(
+            Document(
+                tokens=rng.integers(0, 128, n).astype(np.int32),
+                weights=np.repeat(np.float32([0, 1 / (9 * (n - prompt))]), [prompt, n - prompt]),
+                channels={
+                    "advantage": np.full(n, rng.standard_normal(), np.float32),
+                    "sampler_logprob": rng.normal(-4, 1, n).astype(np.float32),
+                    "reference_logprob": rng.normal(-4, 1, n).astype(np.float32),
+                },
+            )
+        )
+    return out
+
+
+def gradient(sizes, row_tokens, rows, remat="none"):
+    mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod([*sizes.values(), 1]))])
+    config = RlConfig(
+        policy="",
+        prompts="",
+        train=TrainConfig(row_tokens=row_tokens, microbatch_rows=rows, remat=remat),
+        rollout={"max_prompt_tokens": 1, "max_completion_tokens": 1},
+        objective={"kl": 0.1},
+    )
+    adamw = optimizer.make_optimizer(OptimizerConfig(), 10)
+    loss_fn = functools.partial(rl.policy_loss, model=MODEL, config=config)
+    with jax.set_mesh(mesh):
+        step = train.make_train_step(loss_fn, adamw, lambda _: 1e-6, MODEL, mesh, rl.SUMS)
+        create = jax.jit(
+            lambda: qwen2.init_params(MODEL, jax.random.key(1)),
+            out_shardings=qwen2.param_shardings(MODEL, mesh),
+        )
+        sums, logprobs = train.sum_documents(step, create(), documents(), config.train, mesh)
+    return jax.device_get(sums), logprobs
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return gradient({}, 32, 9)
+
+
+@pytest.mark.parametrize(
+    "sizes, row_tokens, rows, remat",
+    [
+        ({}, 32, 1, "none"),
+        ({}, 64, 2, "full"),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 32, 4, "none"),
+        ({"context": 2, "tensor": 4}, 64, 2, "attention"),
+        ({"fsdp": 4, "context": 2}, 32, 8, "none"),
+    ],
+    ids=str,
+)
+def test_no_split_packing_or_mesh_changes_the_gradient(whole, sizes, row_tokens, rows, remat):
+    got, logprobs = gradient(sizes, row_tokens, rows, remat)
+    np.testing.assert_allclose(got.loss, whole[0].loss, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got.grads), jax.tree.leaves(whole[0].grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    for a, b in zip(logprobs, whole[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_rows_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match="axis 'batch' of size 3 is not a multiple"):
+        gradient({"fsdp": 8}, 32, 3)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    adamw = optimizer.make_optimizer(OptimizerConfig(), 10)
+    with jax.set_mesh(mesh):
+        step = train.make_train_step(None, adamw, lambda _: 1e-6, MODEL, mesh, ())
+        create = jax.jit(
+            lambda: qwen2.init_params(MODEL, jax.random.key(1)),
+            out_shardings=qwen2.param_shardings(MODEL, mesh),
+        )
+        state = train.init_state(create(), adamw)
+        before = jax.device_get(state)
+        sums = step.zeros()
+        sums.grads["layers"]["q"] = sums.grads["layers"]["q"].at[0, 0].set(bad)
+        state, metrics = step.apply(state, sums)
+    assert not metrics["optimizer/finite"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
