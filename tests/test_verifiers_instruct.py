@@ -63,7 +63,13 @@ BY_HAND = [
         "Some text\n\n'Hello, you",
         "Hello\n\nsome text",
     ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a [b]"),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": "HI"},
+        "hi! You",
+        "hi\n\nyou",
+    ),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[][b]", "[a [b]"),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "x\np. p. s. y", "P.S. y"),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n** b"),
     ("detectable_format:constrained_response", {}, "My answer is no. Sorry.", "No."),
@@ -82,6 +88,7 @@ BY_HAND = [
     ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', '{"a": 1} is it'),
     ("detectable_format:title", {}, "<<A title>>\ntext", "<< >>\n<<A\ntitle>>"),
     ("combination:two_responses", {}, "a\n******\nb", "a\n******\na"),
+    ("combination:two_responses", {}, "******a******b******", "a******b******c"),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Do it."}, " do it. Done", "I do it."),
     ("startend:end_checker", {"end_phrase": "The end."}, '"x, the END."', "The end. Bye"),
     ("startend:quotation", {}, '"a"\n', '"'),
@@ -164,9 +171,15 @@ def test_every_language_of_ifeval_is_told_apart(code):
     assert language.detect(LANGUAGES[code]) == code
 
 
+def test_capitals_do_not_hide_a_language_and_digits_have_none():
+    assert language.detect("LET US GO HOME NOW MY DEAR") == "en"
+    assert language.detect("12345 - 67") is None
+
+
 def test_language_codes_are_normalised():
     assert language.code("zh-cn") == "zh"
     assert language.code("nb") == "no"
+    assert language.code("DE_at") == "de"
     with pytest.raises(ValueError, match=r"language = 'xx': must be one of af, ar"):
         language.code("xx")
 
@@ -190,6 +203,19 @@ def test_sentences_by_hand(text, count):
     assert len(instruct_text.sentences(text)) == count
 
 
+def test_sentences_are_cut_after_their_closing_marks():
+    assert instruct_text.sentences(' "Go!" (He left.)\n*Really?*  ') == [
+        '"Go!"',
+        "(He left.)",
+        "*Really?*",
+    ]
+    assert instruct_text.block_sentences("# No. 1\nOne\ntwo. Three\n\n2. Four") == [
+        "One\ntwo.",
+        "Three",
+        "Four",
+    ]
+
+
 def test_blocks_read_markdown_in_one_pass():
     found = instruct_text.blocks(
         f"# Title #\n\nIntro\n- a\n2. b\n\n{TABLE}\n\n~~~Py x\n# no heading\n```\n~~~\n\n***\n```"
@@ -202,6 +228,10 @@ def test_blocks_read_markdown_in_one_pass():
         instruct_text.Fence("", "", False),
     )
     assert found.paragraphs == ("Intro\n- a\n2. b", TABLE)
+    found = instruct_text.blocks("a\n \t\nb|c\\|\n-|-\nd\n~~~ Sh\n~~~ x\n")
+    assert found.paragraphs == ("a", "b|c\\|\n-|-\nd")
+    assert found.tables == (instruct_text.Table(("b", "c\\|"), ()),)
+    assert found.fences == (instruct_text.Fence("sh", "~~~ x\n", False),)
 
 
 @pytest.mark.parametrize(

@@ -184,20 +184,19 @@ def _cut_fences(lines: list[str]) -> tuple[list[Fence], list[str]]:
     """Separates fenced blocks from the other lines, leaving one blank line for each."""
     fences, outside = [], []
     opening, body = None, []
-    for line in lines:
-        fence = _FENCE.fullmatch(line)
+    for line in [*lines, None]:
+        fence = None if line is None else _FENCE.fullmatch(line)
         if opening is None and fence:
             opening, body = fence, []
             outside.append("")
         elif opening is None:
-            outside.append(line)
-        elif fence and fence[1].startswith(opening[1]) and not fence[2].strip():
-            fences.append(Fence(opening[2].strip().lower(), "\n".join(body), True))
+            outside.append(line or "")
+        elif line is None or (fence and fence[1].startswith(opening[1]) and not fence[2].strip()):
+            language = opening[2].strip().lower()
+            fences.append(Fence(language, "\n".join(body), closed=line is not None))
             opening = None
         else:
             body.append(line)
-    if opening is not None:
-        fences.append(Fence(opening[2].strip().lower(), "\n".join(body), False))
     return fences, outside
 
 
