@@ -46,6 +46,20 @@ def test_import_then_export_gives_the_same_bytes(dtype, shards, tmp_path):
     assert (len(list((tmp_path / "dst").glob("*.safetensors"))) > 1) == (shards > 1)
 
 
+def test_tensors_in_many_pieces_are_the_same_tensors(tmp_path, monkeypatch):
+    tensors = make_tensors(SETTINGS, "float32")
+    src = write_folder(tmp_path / "src", SETTINGS, tensors)
+    config = weights.load_config(src)
+    whole = weights.load_params(src, config, None, jnp.float32)
+    monkeypatch.setattr(checkpoint_reader, "PIECE_BYTES", 7 * 16 * 4)  # seven rows
+    params = weights.load_params(src, config, make_mesh({"tensor": 2, "fsdp": 4}), jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    weights.save_params(params, config, tmp_path / "saved", dtype="float32", source=None)
+    weights.convert(src, tmp_path / "converted", None)
+    for folder in ("saved", "converted"):
+        assert_same(read_folder(tmp_path / folder), tensors)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_command_line_keeps_every_tensors_own_dtype(tied, tmp_path, capsys):
     settings = SETTINGS | {"tie_word_embeddings": tied}
@@ -304,5 +318,5 @@ def test_import_and_export_peak_below_1_3_copies(dtype, large_folder, tmp_path):
     for folder in ("converted", "saved"):  # pytest keeps what lies in tmp_path
         shutil.rmtree(tmp_path / folder)
     assert converted < 0.3
-    assert 0.9 < loaded < 1.3
+    assert 0.9 < loaded < 1.1  # 1.3 is promised; a copy of one leaf would come close
     assert saved * copy < 100e6  # some pieces, whatever the size

@@ -148,7 +148,7 @@ def _read_into(out, checkpoint, name, info, index, config) -> None:
         target = out.reshape(columns.stop - columns.start, rows.stop - rows.start).T
     elif info.axes[0] == "vocab":
         rows, columns = index
-        rows = slice(min(rows.start, config.vocab), min(rows.stop, config.vocab))
+        rows = slice(rows.start, min(rows.stop, config.vocab))  # none within the padding
         target = out
     else:
         rows, columns = _flat(index, shape), slice(0, 0)
