@@ -66,6 +66,15 @@ def decode_attention(
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """An einsum accumulated in float32; float32 operands are multiplied as such on a TPU too."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+    """An einsum accumulated in float32.
+
+    HIGHEST changes nothing for bfloat16 operands; a float32 one, which the backward pass has in
+    any case, would be rounded to bfloat16 on a TPU.
+    """
+    return jnp.einsum(
+        subscripts,
+        x,
+        y,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,116 @@
+"""The model's programs, lowered for a TPU, which is not needed for it.
+
+A TPU multiplies float32 operands at default precision as bfloat16: every product of float32
+operands has to ask for more.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vibejax import qwen2
+from vibejax.losses.logprobs import token_logprobs
+from vibejax.rope import Rope
+
+CONFIG = qwen2.ModelConfig(
+    rope=Rope(theta=1e6),
+    layers=2,
+    width=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    mlp=512,
+    vocab=1_000,
+    context=512,
+)
+ROWS, TOKENS = 2, 256
+PRODUCT = re.compile(r"stablehlo\.(?:dot_general|dot|convolution)\b.*")
+OPERANDS = re.compile(r": \(tensor<([^>]*)>, tensor<([^>]*)>\)")
+
+
+def array(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def products(function, *args):
+    """Of each matrix product in the program for a TPU: its text and its operands' types."""
+    module = jax.export.export(jax.jit(function), platforms=["tpu"])(*args).mlir_module()
+    lines = PRODUCT.findall(module)
+    return [(line, *(x.split("x")[-1] for x in OPERANDS.search(line).groups())) for line in lines]
+
+
+def rounded(found):
+    """Those in which a float32 operand would be rounded to bfloat16."""
+    exact = "precision = [HIGHEST, HIGHEST]"
+    return [line for line, *types in found if "f32" in types and exact not in line]
+
+
+def params(dtype):
+    return qwen2.map_table(lambda info: array(dtype, *info.shape), CONFIG)
+
+
+def row():
+    return [array(jnp.int32, ROWS, TOKENS)] * 3
+
+
+def loss(params, token_BT, position_BT, segment_BT, *, dtype, remat):
+    x_BTE = qwen2.hidden_states(
+        params, token_BT, position_BT, segment_BT, CONFIG, dtype=dtype, remat=remat
+    )
+    out = token_logprobs(
+        x_BTE, qwen2.head(params), token_BT, segment_BT > 0, vocab=CONFIG.vocab, chunk_tokens=64
+    )
+    return -jnp.sum(out.logprob_BT)
+
+
+@pytest.mark.parametrize(
+    "dtype, remat",
+    [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "attention"), ("bfloat16", "offload")],
+)
+def test_training_rounds_no_float32_operand(dtype, remat):
+    step = jax.value_and_grad(functools.partial(loss, dtype=dtype, remat=remat))
+    found = products(step, params(jnp.float32), *row())
+    # A layer has 9, q k v o gate up down, the scores and their use, and the head is another;
+    # the backward pass has 2 of each, and the head's logits again.
+    assert len(found) >= 3 * (9 + 1) + 1
+    assert not rounded(found)
+
+
+@pytest.mark.parametrize("dtype, short", [("float32", "f32"), ("bfloat16", "bf16")])
+def test_the_forward_pass_multiplies_in_the_dtype_asked_for(dtype, short):
+    forward = functools.partial(loss, dtype=dtype, remat="none")
+    found = products(forward, params(jnp.float32), *row())
+    assert [types for _, *types in found] == [[short, short]] * (9 + 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_rounds_no_float32_operand(dtype):
+    entries = TOKENS
+
+    def step(params, token_B, position_B, cache, column, visible_BS):
+        x_BE, cache = qwen2.decode_step(
+            params, token_B, position_B, cache, column, visible_BS, CONFIG
+        )
+        return qwen2.logits(params, x_BE, CONFIG), cache
+
+    sampler = jax.eval_shape(lambda p: qwen2.unstack(p, CONFIG, dtype), params(jnp.float32))
+    cache = [(array(dtype, ROWS, 2, 64, entries), array(dtype, ROWS, 2, entries, 64))] * 2
+    token_B = array(jnp.int32, ROWS)
+    visible_BS = array(jnp.bool_, ROWS, entries)
+    found = products(step, sampler, token_B, token_B, cache, array(jnp.int32), visible_BS)
+    assert len(found) == 2 * 9 + 1
+    assert not rounded(found)
+
+
+def test_a_product_at_default_precision_is_found():
+    x = array(jnp.float32, 8, 8)
+    y = array(jnp.bfloat16, 8, 8)
+    dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
+    assert len(rounded(products(dot, x, x))) == 1
+    assert len(rounded(products(dot, x, y))) == 1
+    assert rounded(products(dot, y, y)) == []
+    exact = functools.partial(dot, precision=jax.lax.Precision.HIGHEST)
+    assert rounded(products(exact, x, x)) == []
