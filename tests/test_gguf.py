@@ -74,12 +74,10 @@ def write_gguf(path: Path, architecture: str, tensors: dict, **changes) -> Path:
         "attention.head_count_kv": K,
         "rope.freq_base": 1e5,
         "attention.layer_norm_rms_epsilon": 1e-5,
-    } | {k: v for k, v in changes.items() if "ggml" not in k}
+    } | changes
     for key, value in numbers.items():
-        add(writer, f"{architecture}.{key}", value)
-    for key, value in changes.items():
-        if "ggml" in key:
-            add(writer, key, value)
+        general = key.startswith(("tokenizer.", "split."))
+        add(writer, key if general else f"{architecture}.{key}", value)
     for name, tensor in tensors.items():
         kind = kinds.get(name)
         if architecture == "llama" and (match := re.search(r"attn_([qk])\.", name)):
@@ -331,6 +329,7 @@ BAD = {
         r"rope.scaling.type 'longrope' is not supported \(linear, yarn\)",
     ),
     "partial rope": ("llama", {"rope.dimension_count": 8}, "dimension_count = 8 must be 16"),
+    "parts": ("llama", {"split.count": 3}, "one part of several; join them by llama-gguf-split"),
     "experts": ("llama", {"expert_count": 8}, "llama.expert_count = 8 must be 0"),
     "per-layer heads": ("llama", {"attention.head_count": [4, 4]}, r"head_count = \[4, 4\] must"),
     "missing": ("llama", {"block_count": None}, "'block_count' is missing"),

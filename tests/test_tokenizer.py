@@ -234,9 +234,12 @@ def test_tokenizer_json_is_obeyed_but_cuts_and_pads_nothing(tmp_path):
     ("files", "message"),
     [
         ({}, "no eos_token_id in generation_config.json or config.json"),
-        ({"generation_config_json": {"eos_token_id": []}}, r"eos_token_id = \[\] must be ids"),
-        ({"generation_config_json": {"eos_token_id": "2"}}, "eos_token_id = '2' must be ids"),
-        ({"generation_config_json": {"eos_token_id": 500}}, "eos_token_id = 500 must be ids below"),
+        (
+            {"generation_config_json": {"eos_token_id": []}},
+            r"eos_token_id \[\] must be token ids",
+        ),
+        ({"generation_config_json": {"eos_token_id": "2"}}, "eos_token_id '2' must be token ids"),
+        ({"generation_config_json": {"eos_token_id": 500}}, "eos_token_id 500 must be token ids"),
         ({"generation_config_json": "{"}, "generation_config.json: not JSON"),
         ({"tokenizer_json": "{}"}, "tokenizer.json: "),
         ({"tokenizer_config_json": "[]"}, "tokenizer_config.json: must hold a JSON object"),

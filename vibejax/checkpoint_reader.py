@@ -73,6 +73,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if path.is_file():
         file = GGUFFile(path)
+        if file.metadata.get("split.count", 1) != 1:
+            raise CheckpointError(f"{path}: one part of several; join them by llama-gguf-split")
         embedding = file.tensors.get("model.embed_tokens.weight")
         if embedding is None:
             raise CheckpointError(f"{path}: tensor token_embd.weight is missing")

@@ -61,7 +61,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     settings: Mapping[str, Any]
 
-    @property
+    @functools.cached_property
     def vocab(self) -> int:
         """One more than the largest token id; a model's vocabulary may be padded beyond it."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -253,11 +253,8 @@ def _folder_eos(folder, backend, settings) -> tuple[int, ...]:
         value = _optional_json(folder / name).get("eos_token_id")
         if value is not None:
             ids = tuple(value) if isinstance(value, list) else (value,)
-            vocab = backend.get_vocab_size()
-            if not ids or not all(type(i) is int and 0 <= i < vocab for i in ids):
-                raise CheckpointError(
-                    f"{folder / name}: eos_token_id = {value!r} must be ids below {vocab}"
-                )
+            if not ids or not all(_is_token(i, backend) for i in ids):
+                raise CheckpointError(f"{folder / name}: eos_token_id {value!r} must be token ids")
             return ids
     token = _token_text(settings.get("eos_token"))
     known = None if token is None else backend.token_to_id(token)
@@ -273,6 +270,10 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         eos_ids=gguf_tokenizer.eos_ids(file),
         settings=gguf_tokenizer.named_tokens(file),
     )
+
+
+def _is_token(i: Any, backend: tokenizers.Tokenizer) -> bool:
+    return type(i) is int and i >= 0 and backend.id_to_token(i) is not None
 
 
 def save(tokenizer: Tokenizer, dst: Path) -> None:
