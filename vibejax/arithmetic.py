@@ -1,7 +1,7 @@
 """Generated arithmetic: demonstrations and prompts whose answers are known.
 
     python -m vibejax.arithmetic digits DST    the task of the shipped policy: three-digit sums
-    python -m vibejax.arithmetic chat DST      small sums and differences as chat prompts
+    python -m vibejax.arithmetic chat DST      sums of numbers up to 24 as chat prompts
 
 `digits` writes tokenizer.json, sft.jsonl, train.jsonl and heldout.jsonl. Its demonstrations mix
 three ways to write a sum: the bare answer, which is hard to learn; digit by digit with carries,
@@ -24,13 +24,12 @@ END = "<|end|>"
 CHARACTERS = "0123456789+-*/=()., \n?:;cd#\\boxe{}"
 STYLE_SHARES = {"bare": 0.6, "carries": 0.3, "twice": 0.1}
 DIGITS_COUNTS = {"sft": 20_000, "train": 4_096, "heldout": 1_024}
-CHAT_COUNTS = {"train": 1_500, "heldout": 400}
-CHAT_FORMS = (
-    "What is {a} {sign} {b}?",
-    "Compute {a} {sign} {b}.",
-    "Calculate {a} {sign} {b}.",
-    "{a} {sign} {b} = ?",
-    "What do you get for {a} {sign} {b}?",
+CHAT_COUNTS = {"train": 320, "heldout": 256}
+CHAT_LARGEST = 24
+CHAT_OPENING = (  # one worked example, without which a small model rambles
+    {"role": "system", "content": "You compute."},
+    {"role": "user", "content": "2 + 3"},
+    {"role": "assistant", "content": "2 + 3 = 5"},
 )
 
 
@@ -106,32 +105,24 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def chat_task(seed: int) -> dict[str, list[dict]]:
-    """Chat prompts of small sums and differences; no pair of numbers is in both files."""
-    rng = random.Random(seed)
-    problems = [
-        (a, sign, b)
-        for a in range(1, 30)
-        for b in range(1, 30)
-        for sign in "+-"
-        if sign == "+" or a >= b
+    """Chat prompts of small sums; no pair of numbers is in both files.
+
+    The last number of a completion is its answer: a model of this size does not box it.
+    """
+    largest = CHAT_LARGEST
+    pairs = [(a, b) for a in range(1, largest + 1) for b in range(1, largest + 1)]
+    random.Random(seed).shuffle(pairs)
+    prompts = [
+        {
+            "messages": [*CHAT_OPENING, {"role": "user", "content": f"{a} + {b}"}],
+            "verifier": "math",
+            "ground_truth": str(a + b),
+            "last_number": True,
+        }
+        for a, b in pairs
     ]
-    rng.shuffle(problems)
-    heldout = CHAT_COUNTS["heldout"]
-    return {
-        "train": [_chat_prompt(rng, p) for p in problems[heldout:]][: CHAT_COUNTS["train"]],
-        "heldout": [_chat_prompt(rng, p) for p in problems[:heldout]],
-    }
-
-
-def _chat_prompt(rng: random.Random, problem: tuple[int, str, int]) -> dict:
-    a, sign, b = problem
-    question = rng.choice(CHAT_FORMS).format(a=a, sign=sign, b=b)
-    text = f"{question} Put the final answer in \\boxed{{}}."
-    return {
-        "messages": [{"role": "user", "content": text}],
-        "verifier": "math",
-        "ground_truth": str(a + b if sign == "+" else a - b),
-    }
+    train, heldout = CHAT_COUNTS["train"], CHAT_COUNTS["heldout"]
+    return {"train": prompts[:train], "heldout": prompts[train : train + heldout]}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,233 @@
+"""The RL stage as its users run it: processes, kills, resumes, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from vibejax import qwen2, weights
+
+STEPS = 6
+TOML = """
+policy = "{policy}"
+prompts = "{task}"
+heldout = "{task}"
+steps = 6
+[rollout]
+prompts_per_step = 4
+group_size = 4
+max_prompt_tokens = 8
+max_completion_tokens = 12
+slots = 16
+[optimizer]
+learning_rate = 1e-2
+[train]
+row_tokens = 32
+microbatch_rows = 8
+[eval]
+every = 2
+prompts = 8
+[checkpoint]
+every = 2
+"""
+# A random policy is never right; half of all one-digit answers are, so that there is a gradient.
+RECORDS = [
+    {"prompt": f"{a}+{b}=", "verifier": "math", "ground_truth": "1", "last_number": True}
+    for a in range(3)
+    for b in range(4)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rl")
+    tiny.write_policy(folder / "policy")
+    tiny.write_task(folder / "task.jsonl", RECORDS)
+    toml = TOML.format(policy=folder / "policy", task=folder / "task.jsonl")
+    (folder / "rl.toml").write_text(toml)
+    return folder
+
+
+def command(folder, out, *settings):
+    pairs = [f"out={out}", *settings]
+    options = [part for pair in pairs for part in ("--set", pair)]
+    return [sys.executable, "-m", "vibejax.rl", str(folder / "rl.toml"), *options]
+
+
+def run(folder, out, *settings, **options):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        command(folder, out, *settings), capture_output=True, text=True, env=environment, **options
+    )
+
+
+def metrics(out):
+    """The rows of a run without what differs from run to run."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def final(out):
+    config = weights.load_config(out / "final")
+    return jax.device_get(weights.load_params(out / "final", config, None, jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    out = folder / "uninterrupted"
+    done = run(folder, out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_run_leaves_its_record(folder, uninterrupted):
+    out, done = uninterrupted
+    assert done.stdout.splitlines()[-1].startswith("held-out pass@1: ")
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [row["step"] for row in rows if "heldout/pass@1" in row] == [0, 2, 4, 6]
+    trained = [row for row in rows if "agreement/mean_abs_dlogp" in row]
+    assert trained, "no step had a mixed group: the test proves nothing"
+    assert max(row["agreement/mean_abs_dlogp"] for row in trained) < 1e-5
+    assert max(row["agreement/max_abs_dlogp"] for row in trained) < 1e-3
+    for row in rows[1:]:
+        shares = ("groups_all_right", "groups_all_wrong", "groups_mixed")
+        np.testing.assert_allclose(sum(row[f"rollout/{s}"] for s in shares), 1.0)
+    assert list((out / "tensorboard").iterdir())
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "prompt", "completion", "ground_truth", "outcome"} <= samples[0].keys()
+
+
+def test_training_changed_the_weights(folder, uninterrupted):
+    before = final_of_policy(folder)
+    after = final(uninterrupted[0])
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+
+
+def final_of_policy(folder):
+    config = weights.load_config(folder / "policy")
+    return jax.device_get(weights.load_params(folder / "policy", config, None, jnp.float32))
+
+
+def checkpoint_arrays(out):
+    """All arrays of the newest checkpoint: step, parameters, optimizer state."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager((out / "checkpoints").absolute()) as manager:
+        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+
+
+@pytest.mark.parametrize("moment", ["sampling", "saving", "late"])
+def test_killed_and_resumed_equals_uninterrupted(folder, uninterrupted, moment):
+    """kill -9, and everything after the resume is bit for bit that of the run left alone."""
+    out = folder / f"killed-{moment}"
+    process = subprocess.Popen(
+        command(folder, out), stderr=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    wait_for = {
+        "sampling": lambda: rows_written(out) >= 4,  # after the checkpoint of step 2
+        "saving": lambda: any((out / "checkpoints").glob("4*")),  # its folder, finished or not
+        "late": lambda: rows_written(out) >= 7,  # before or in the final save
+    }[moment]
+    deadline = time.monotonic() + 120
+    while not wait_for() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "final").exists()
+    done = run(folder, out, "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert metrics(out) == metrics(uninterrupted[0])
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoint_arrays(out), checkpoint_arrays(uninterrupted[0])
+    )
+    jax.tree.map(np.testing.assert_array_equal, final(out), final(uninterrupted[0]))
+
+
+def rows_written(out):
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_resume_of_a_finished_run_changes_nothing(folder, uninterrupted):
+    out = uninterrupted[0]
+    before = metrics(out)
+    done = run(folder, out, "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("held-out pass@1: ")
+    assert metrics(out) == before
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["resume=true", "seed=3"], "cannot resume with another configuration: seed: 0 -> 3"),
+        ([], "exists; choose another out, or go on with resume = true"),
+        (["out=nowhere", "resume=true"], "has no config.toml, so there is no run to resume"),
+        (["rollout.max_completion_tokens=99", "train.row_tokens=128", "out=x"], "= 107 is more th"),
+        (["prompts=missing.jsonl", "out=x"], "missing.jsonl: no such file"),
+        (["policy=missing", "out=x"], "missing: no such file or folder"),
+        (["mesh.fsdp=3", "out=x"], "fsdp=3 x context=1 x tensor=1 needs 3 devices, found 1"),
+        (["train.microbatch_rows=0"], "train.microbatch_rows = 0: must be greater than"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_input_is_one_line(folder, uninterrupted, tmp_path, settings, message):
+    done = run(folder, uninterrupted[0], *settings, cwd=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+
+
+def test_a_fresh_run_gets_a_numbered_folder(folder, tmp_path):
+    for number in (1, 2):
+        done = run(folder, '""', "steps=1", "heldout=", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / f"runs/rl-000{number}/final/model.safetensors").is_file()
+
+
+def test_weights_that_are_not_finite_stop_the_run(folder, tmp_path):
+    config = weights.load_config(folder / "policy")
+    params = weights.load_params(folder / "policy", config, None, jnp.float32)
+    params = qwen2.map_table(lambda info, x: x, config, params)
+    out = tmp_path / "out"
+    done = run(folder, out, "optimizer.learning_rate=1e30", "steps=20")
+    assert done.returncode == 1
+    assert "is not finite; the state after step" in done.stderr or "disagree" in done.stderr
+    assert len(done.stderr.strip().splitlines()[-1].split("error:")) == 2
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(folder, tmp_path):
+    """Files may grow to 64 KiB only once two steps are done: the save of step 4 fails."""
+    out = tmp_path / "out"
+    import resource
+
+    process = subprocess.Popen(
+        command(folder, out), stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while rows_written(out) < 4 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    limit = 4096
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1, stderr
+    assert "the last good one stays" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    done = run(folder, out, "resume=true")
+    assert done.returncode == 0, done.stderr
