@@ -595,7 +595,7 @@ def test_bad_tests_are_named(record, message):
     [
         ({"seconds": 0}, "seconds = 0: must be above 0"),
         ({"memory_bytes": 1000}, "memory_bytes = 1000: must be at least 67108864"),
-        ({"backend": "docker"}, "sandbox = 'docker': must be auto, bubblewrap or namespaces"),
+        ({"backend": "docker"}, "backend = 'docker': must be auto, bubblewrap or namespaces"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -57,7 +57,7 @@ def extract(completion: str) -> str | None:
         completion: decoded completion, without the prompt.
     """
     text = thinking.after_thinking(completion)
-    found: dict[bool, str] = {}
+    found: dict[bool, str] = {}  # marked as Python or not -> the last such block
     fence, indent, marked, lines = "", 0, None, []
     for line in [*(text or "").split("\n"), None]:
         stripped = "" if line is None else line.strip()
@@ -72,7 +72,7 @@ def extract(completion: str) -> str | None:
             fence = stripped[: len(stripped) - len(stripped.lstrip(stripped[0]))]
             language = stripped[len(fence) :].strip().lower().split(" ")[0]
             indent, lines = len(line) - len(line.lstrip(" ")), []
-            marked = True if language in LANGUAGES else False if not language else None
+            marked = language in LANGUAGES if language in ("", *LANGUAGES) else None
     return found.get(True, found.get(False))
 
 

@@ -249,27 +249,28 @@ def find_backend(wanted: str = "auto", *, allow_unsandboxed: bool = False) -> Ba
         SandboxUnavailableError: nothing works; says what was tried and why it failed.
     """
     if wanted not in ("auto", BUBBLEWRAP, NAMESPACES):
-        raise ValueError(f"sandbox = {wanted!r}: must be auto, {BUBBLEWRAP} or {NAMESPACES}")
+        raise ValueError(f"backend = {wanted!r}: must be auto, {BUBBLEWRAP} or {NAMESPACES}")
     failures = []
     for name in (BUBBLEWRAP, NAMESPACES) if wanted == "auto" else (wanted,):
-        backend, why = _probe(name)
-        if backend:
-            return backend
-        failures.append(f"{name}: {why}")
+        try:
+            return _probe(name)
+        except SandboxUnavailableError as error:
+            failures.append(f"{name}: {error}")
     if allow_unsandboxed:
         return Backend(NOTHING, False)
     raise SandboxUnavailableError(
         f"no sandbox for model-written code ({'; '.join(failures)}). Install bubblewrap, or allow "
         "unprivileged user namespaces (in a container: run it with CAP_SYS_ADMIN, or without its "
-        "seccomp and AppArmor profiles), or accept the danger with allow_unsandboxed = true"
+        "seccomp and AppArmor profiles; on Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_"
+        "userns=0), or accept the danger with allow_unsandboxed = true"
     )
 
 
-@functools.cache
-def _probe(name: str) -> tuple[Backend | None, str]:
-    """Tries one way of confining; returns it, or why it does not work."""
+@functools.cache  # of what works: an exception is not kept, and the next call tries again
+def _probe(name: str) -> Backend:
+    """Tries one way of confining; returns it, or raises and says why it does not work."""
     if name == BUBBLEWRAP and shutil.which("bwrap") is None:
-        return None, "not installed"
+        raise SandboxUnavailableError("not installed")
     job = {"kind": "program", "source": PROBE, "setup": "", "preload": []}
     job |= {"memory_bytes": 2**29, "output_bytes": 2**16}
     why = []
@@ -283,9 +284,9 @@ def _probe(name: str) -> tuple[Backend | None, str]:
             continue
         found = (ended.reply or ended.errors).decode(errors="replace").strip()
         if found == "escapes:":
-            return backend, ""
+            return backend
         why.append(f"does not confine ({found[-200:]})")
-    return None, ", ".join(why)
+    raise SandboxUnavailableError(", ".join(why))
 
 
 def _limits(memory_bytes: int, output_bytes: int) -> dict[int, int]:
