@@ -161,10 +161,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("completion", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_completions_get_a_verdict_in_linear_time(completion):
-    start = time.perf_counter()
+    start = time.process_time()
     verdict = verify({"ground_truth": "3", "last_number": True}, completion)
     assert not verdict.correct and verdict.scored
-    assert time.perf_counter() - start < 2  # quadratic time would be minutes
+    assert time.process_time() - start < 2  # quadratic time would be minutes
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_hostile_completions_get_a_verdict_in_linear_time(completion):
     ],
 )
 def test_hostile_answers_are_rejected_quickly(answer):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not equivalent(answer, "x^2+3")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_answers_beyond_the_limit_are_wrong():

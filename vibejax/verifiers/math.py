@@ -31,8 +31,8 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
 _INTEGER = re.compile(r"[-+]?\d+")
 
 
-def load() -> None:
-    """Imports math-verify and sympy, which takes longer than most verifications."""
+def preload() -> None:
+    """Imports math-verify and sympy, which only some answers need."""
     math_symbolic.load()
 
 

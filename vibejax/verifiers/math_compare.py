@@ -25,11 +25,12 @@ def equal(a: Node, b: Node) -> bool:
         return named_a.keys() == named_b.keys() and all(
             equal(named_a[name], named_b[name]) for name in named_a
         )
+    if named_a is not None or named_b is not None:
+        named, other = (named_a, b) if named_a is not None else (named_b, a)
+        in_order = tuple(named[name] for name in sorted(named))
+        return _is_point(other) and _equal_in_order(in_order, other.items)
     if a.kind == b.kind == "relation":
         return _equal_relations(a, b)
-    points = _point(a), _point(b)
-    if None not in points and (a.kind, b.kind) != ("tuple", "tuple"):
-        return _equal_in_order(*points)
     if "relation" in (a.kind, b.kind):
         relation, other = (a, b) if a.kind == "relation" else (b, a)
         return _value_of(relation, other)
@@ -51,9 +52,7 @@ def equal(a: Node, b: Node) -> bool:
     if {a.kind, b.kind} <= {"list", "set"}:
         return _equal_lists(a, b)
     if {a.kind, b.kind} == {"list", "tuple"}:
-        bare, pair = (a, b) if a.kind == "list" else (b, a)
-        alike = bare.marks == (",",) and pair.marks == ("(", ")") and not _has_relations(bare)
-        return alike and _equal_in_order(a.items, b.items)
+        return _is_point(a) and _is_point(b) and _equal_in_order(a.items, b.items)
     for one, other in ((a, b), (b, a)):
         if one.kind == "set" and len(one.items) == 1 and other.kind != "set":
             return equal(one.items[0], other)
@@ -94,6 +93,7 @@ def equal_leaves(a: str, b: str) -> bool:
         return math_quantity.same_number(number_a, number_b)
     if percent_a != percent_b:
         return False
+    body_a, body_b = _unscaled(body_a, number_a), _unscaled(body_b, number_b)
     if len(body_a) == 1 and len(body_b) == 1:
         return body_a == body_b
     for number, text in ((number_a, body_b), (number_b, body_a)):
@@ -119,6 +119,13 @@ def _words(text: str) -> str | None:
     if len(words) > 1 and words[0].lower() in ("the", "a", "an"):
         words = words[1:]
     return " ".join(words)
+
+
+def _unscaled(body: str, number: math_quantity.Quantity | None) -> str:
+    """Writes out what a word of number multiplied; other numbers stay as they were written."""
+    if number is None or number.value == math_quantity.quantity(body).value:
+        return body
+    return rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
 
 
 def _equal_in_order(a: tuple[Node, ...], b: tuple[Node, ...]) -> bool:
@@ -167,21 +174,18 @@ def _distinct(names: list[str]) -> bool:
     return len(set(names)) == len(names) and all(is_name(name) for name in names)
 
 
-def _point(node: Node) -> tuple[Node, ...] | None:
-    """Returns the coordinates of a point, those of named ones in the order of their names."""
-    if node.kind == "tuple" and node.marks == ("(", ")"):
-        return node.items
-    named = _assignments(node)
-    return None if named is None else tuple(named[name] for name in sorted(named))
+def _is_point(node: Node) -> bool:
+    """Whether a tuple or a bare list gives coordinates in their order."""
+    if node.kind == "list":
+        return node.marks == (",",) and not _has_relations(node)
+    return node.kind == "tuple" and node.marks == ("(", ")")
 
 
 def _equal_lists(a: Node, b: Node) -> bool:
-    """Compares lists without order; of named values beside bare ones the names give the order."""
+    """Compares lists without order; "x = 1 or x = 2" beside bare values is 1 or 2."""
     if _has_relations(a) == _has_relations(b):
         return _equal_in_any_order(a.items, b.items)
     named, bare = (a, b) if _has_relations(a) else (b, a)
-    if (values := _assignments(named)) is not None:
-        return _equal_in_order(tuple(values[name] for name in sorted(values)), bare.items)
     names = {
         item.items[0].text if item.kind == "relation" and item.marks == ("=",) else ""
         for item in named.items
@@ -189,6 +193,10 @@ def _equal_lists(a: Node, b: Node) -> bool:
     if len(names) != 1 or not is_name(*names):
         return False
     return _equal_in_any_order(tuple(item.items[1] for item in named.items), bare.items)
+
+
+def _has_letters(text: str) -> bool:
+    return re.search(r"(?<![\\a-zA-Z])[a-zA-Z]|\\(?:theta|alpha|beta|gamma)", text) is not None
 
 
 def _has_relations(node: Node) -> bool:
@@ -218,7 +226,9 @@ def _equal_relations(a: Node, b: Node) -> bool:
                 sides[i] = (right, left)
         if all(is_name(left) for left, _ in sides) and sides[0][0] == sides[1][0]:
             return equal(read(sides[0][1]), read(sides[1][1]))
-        return math_symbolic.constant_ratio(*sides) != 0
+        solved = [is_name(left) and not _has_letters(right) for left, right in sides]
+        # an equation is not its solution: repeating the problem must not pass for solving it
+        return solved[0] == solved[1] and math_symbolic.constant_ratio(*sides) != 0
     if len(a.items) != 2 or len(b.items) != 2:
         return False
     sides = []

@@ -17,6 +17,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from vibejax.verifiers import clock
+
 DIGITS = 30
 AGREEMENT = 1e-25
 TINY = 1e-40
@@ -30,20 +32,21 @@ _COMMANDS = set(
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _READABLE = re.compile(r"[\w\s+\-*/^(){}\[\]|!.]*", re.ASCII)
 _UNCLEAR = re.compile(r"\d \d|\d_|!!|[a-zA-Z]{4}")
-# powers that sympy would write out; \sqrt10, which LaTeX reads as another number than people
-_REFUSED = re.compile(r"\^\{?[-+]?[\d.]{5}|\^\{?\w+\^\{?\w+\^|\\sqrt\d")
+# powers that sympy would write out; \sqrt10 and \sqrt{2}1, which LaTeX reads unlike people
+_REFUSED = re.compile(r"\^\{?[-+]?[\d.]{5}|\^\{?\w+\^\{?\w+\^|\\sqrt\d|[})]\d")
 _WORDS_OF_TWO = {"no", "on", "is", "so", "up", "to", "of", "or", "if", "at"}
 
 
 @functools.cache
 def load() -> tuple[Any, Any, Any]:
-    """Imports math-verify and sympy, which takes longer than most verifications.
+    """Imports math-verify and sympy, at the first expression that is no plain number.
 
     Returns:
         The two modules and the configuration with which math-verify parses.
     """
-    import math_verify
-    import sympy
+    with clock.stopped():
+        import math_verify
+        import sympy
 
     # it warns of each call without its own time limit, which needs SIGALRM on the main thread
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -95,8 +98,11 @@ def constant_ratio(a: tuple[str, str], b: tuple[str, str]) -> float:
     a0, a1, b0, b1 = (_parse(side) for side in (*a, *b))
     if a0 is None or a1 is None or b0 is None or b1 is None:
         return 0.0
+    points = _points(a0, a1, b0, b1)
+    if points == [{}]:  # 3 = 4 is no equation
+        return 0.0
     ratio = None
-    for point in _points(a0, a1, b0, b1):
+    for point in points:
         values = [_value(side, point) for side in (a0, a1, b0, b1)]
         if None in values:
             return 0.0
@@ -139,7 +145,9 @@ def _parse(text: str) -> Any:
         plain = plain.replace(",", " ")
     if not _READABLE.fullmatch(plain) or _UNCLEAR.search(_COMMAND.sub("\\\\", text)):
         return None
-    if _REFUSED.search(text) or not _COMMANDS.issuperset(_COMMAND.findall(text)):
+    if _REFUSED.search(re.sub(r"\\log_\{\w+\}", r"\\log ", text)) or not _COMMANDS.issuperset(
+        _COMMAND.findall(text)
+    ):
         return None
     library, sympy, config = load()
     parsed = library.parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)

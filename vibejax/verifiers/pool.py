@@ -25,6 +25,7 @@ from vibejax.verifiers import worker as protocol
 from vibejax.verifiers.slot import Job, Slot, VerifierFailure
 from vibejax.verifiers.worker_process import WorkerProcess
 
+MAX_LIMIT_S = 86_400.0
 FAILURE_WINDOW = 200  # the failure rate is that of the latest items: a late breakdown shows too
 FAILURE_MIN_ITEMS = 50
 
@@ -68,6 +69,7 @@ class Pool:
         queue_size: int = 1024,
         max_failure_rate: float = 0.1,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
+        modules: Mapping[str, str] | None = None,
     ):
         """Starts the slots; their workers start with the first items.
 
@@ -82,6 +84,9 @@ class Pool:
             max_failure_rate: share of the latest 200 items (once there are 50) that may end
                 without saying anything about the completion; 1 switches the bound off.
             settings: verifier name -> keyword arguments of its `verify`.
+            modules: further verifiers: name -> importable module with a function
+                `verify(record, completion, **settings) -> Verdict` and, if it imports much, a
+                function `load()` that does so before the clock starts.
 
         Raises:
             ValueError: a number out of range, or a setting of an unknown verifier.
@@ -96,13 +101,14 @@ class Pool:
             if value < least:
                 raise ValueError(f"{name} = {value!r} is below {least}")
         for name, value in (("limit_s", limit_s), *limits_s.items()):
-            if not value > 0:
-                raise ValueError(f"time limit {name} = {value!r} is not above 0 seconds")
+            if not 0 < value <= MAX_LIMIT_S:
+                raise ValueError(f"time limit {name} = {value!r} s is not in (0, {MAX_LIMIT_S}]")
         if not 0 <= max_failure_rate <= 1:
             raise ValueError(f"max_failure_rate = {max_failure_rate!r} is not within [0, 1]")
+        self._modules = {**protocol.MODULES, **(modules or {})}
         for name in (*limits_s, *settings):
-            if name != "limit_s" and name not in protocol.MODULES:
-                known = ", ".join(protocol.MODULES)
+            if name not in self._modules:
+                known = ", ".join(self._modules)
                 raise ValueError(f"verifier = {name!r} is unknown, known are {known}")
         self.outcomes: collections.Counter[Outcome] = collections.Counter(
             dict.fromkeys(Outcome, 0)  # all keys from the start: safe to copy at any time
@@ -110,8 +116,14 @@ class Pool:
         self._limit_s, self._limits_s = limit_s, limits_s
         self._recycle_after, self._queue_size = recycle_after, queue_size
         self._max_failure_rate = max_failure_rate
+        self._owner = os.getpid()
         self._options = json.dumps(
-            {"memory_mb": memory_mb, "settings": settings, "parent": os.getpid()}
+            {
+                "memory_mb": memory_mb,
+                "modules": self._modules,
+                "settings": settings,
+                "parent": self._owner,
+            }
         )
         lock = threading.Lock()
         self._lock = lock
@@ -192,7 +204,7 @@ class Pool:
 
     def close(self) -> None:
         """Kills the workers and ends the slots; items that were not done get no verdict."""
-        if json.loads(self._options)["parent"] != os.getpid():
+        if os.getpid() != self._owner:
             return  # a fork of the owner must not kill the owner's workers
         atexit.unregister(self.close)
         with self._lock:
@@ -207,7 +219,7 @@ class Pool:
     def _submit(
         self, key: Hashable, record: Mapping[str, Any], completion: str, inbox: _Inbox
     ) -> None:
-        names = protocol.names(record)
+        names = protocol.names(record, self._modules)
         if not isinstance(completion, str):
             raise ValueError(f"completion = {completion!r:.80} is not a string")
         try:

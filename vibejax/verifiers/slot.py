@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from vibejax.verifiers import Outcome, Verdict
-from vibejax.verifiers.worker_process import DiedError, LateError, WorkerProcess
+from vibejax.verifiers.worker_process import DiedError, LateError, RefusedError, WorkerProcess
 
 START_LIMIT_S = 60.0  # a start or an import beyond this is a broken machine, not a slow item
-START_ATTEMPTS = 10  # a start may fail because someone kills processes; a broken one fails fast
+START_ATTEMPTS = 10  # of workers for one item, if others keep killing them
+OWN_ATTEMPTS = 2  # of those that may end by themselves
 
 
 class VerifierFailure(RuntimeError):  # noqa: N818 - it names an outcome of the run
@@ -64,15 +65,12 @@ class Slot:
     def verify(self, job: Job) -> Verdict:
         """Returns the item's verdict, whatever its worker does."""
         worker = self._begin(job)
-        begin = time.monotonic()
-        deadline = begin + job.limit_s
+        if worker is None:
+            return _failure(
+                Outcome.CRASH, f"{START_ATTEMPTS} workers were killed before they started the item"
+            )
         try:
-            try:
-                message = worker.receive(begin + job.limit_s / 2)
-            except LateError:
-                self._prepare(job)
-                message = worker.receive(deadline)
-            verdict = _verdict(message)
+            verdict = _verdict(self._result(worker, job))
         except LateError:
             self._retire()
             return _failure(Outcome.TIMEOUT, f"no verdict after {job.limit_s:g} s")
@@ -84,36 +82,55 @@ class Slot:
             self._retire()
         return verdict
 
-    def _begin(self, job: Job) -> WorkerProcess:
+    def _begin(self, job: Job) -> WorkerProcess | None:
         """Hands the item to a worker and returns once its clock runs.
 
         A worker that dies before it has started the item did not die of it: another is tried.
+
+        Returns:
+            None if all that were tried were killed from outside.
+
+        Raises:
+            VerifierFailure: workers cannot start, or cannot load the verifier.
         """
-        for _attempt in range(START_ATTEMPTS):
+        for attempt in range(START_ATTEMPTS):
             if self._worker is None:
                 self._worker, self._understudy = self._understudy or self._start(), None
             worker = self._worker
             deadline = time.monotonic() + START_LIMIT_S
             try:
                 worker.send(job.request, deadline)
-                while (message := worker.receive(deadline)).get("event") != "started":
-                    if message.get("event") == "verdict":
-                        raise VerifierFailure(
-                            f"verifier {'+'.join(job.names)} does not load: {message.get('detail')}"
-                        )
+                worker.expect("started", deadline)
                 return worker
+            except RefusedError as error:
+                raise VerifierFailure(
+                    f"verifier {'+'.join(job.names)} does not load: {error}"
+                ) from error
             except (DiedError, LateError) as error:
                 self._retire()
-                reason = f"{error or type(error).__name__} {worker.last_words}".strip()
-        raise VerifierFailure(
-            f"{START_ATTEMPTS} worker processes in a row did not start an item of "
-            f"verifier {'+'.join(job.names)}: {reason}"
-        )
+                if attempt >= OWN_ATTEMPTS and worker.process.returncode >= 0:
+                    raise VerifierFailure(
+                        f"worker processes do not start: {worker.cause(error)[1]}"
+                    ) from error
+        return None
+
+    def _result(self, worker: WorkerProcess, job: Job) -> dict[str, Any]:
+        """Waits for the item's verdict; after an import the clock starts anew."""
+        while True:
+            begin = time.monotonic()
+            try:
+                message = worker.receive(begin + job.limit_s / 2)
+            except LateError:
+                self._prepare(job)
+                message = worker.receive(begin + job.limit_s)
+            if message.get("event") != "stopped":
+                return message
+            worker.expect("started", time.monotonic() + START_LIMIT_S)
 
     def _prepare(self, job: Job) -> None:
         if self._understudy is None:
             self._understudy = self._start()
-            load = json.dumps({"load": job.names}).encode() + b"\n"
+            load = json.dumps({"preload": job.names}).encode() + b"\n"
             with contextlib.suppress(DiedError, LateError):  # found out when it is needed
                 self._understudy.send(load, time.monotonic() + 1)
 

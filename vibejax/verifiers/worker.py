@@ -1,12 +1,13 @@
 """One worker process of the verifier pool: reads items, runs verifiers, writes verdicts.
 
-`python -m vibejax.verifiers.worker SETTINGS` speaks JSON lines over its standard input and output
+`python -m vibejax.verifiers.worker OPTIONS` speaks JSON lines over its standard input and output
 (pickle would let a verifier that model output has taken over run code in the trainer):
 
-    in   {"load": [name, ...]}                      import what these verifiers need
+    in   {"preload": [name, ...]}                   import what these verifiers may need
     in   {"record": {...}, "completion": "..."}     verify
     out  {"event": "ready"}                         once, when the process reads its input
-    out  {"event": "started"}                       the item's clock starts: imports are done
+    out  {"event": "started"}                       the item's clock starts
+    out  {"event": "stopped"}                       it stands still until the next "started"
     out  {"event": "verdict", "correct": ..., ...}  the fields of `Verdict`
 
 The process imports neither jax nor numpy by itself, ends when its input closes or its parent dies,
@@ -27,7 +28,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vibejax.verifiers import Outcome, Verdict
+from vibejax.verifiers import Outcome, Verdict, clock
 
 MODULES = {
     "math": "vibejax.verifiers.math",
@@ -37,7 +38,8 @@ MODULES = {
     "rubric": "vibejax.verifiers.rubric",
 }
 """Verifier name -> module with `verify(record, completion, **settings) -> Verdict`, imported on
-first use; a module may also have `load()`, which imports what should not count as verifying."""
+first use. A module may also have `load()`, called before the clock of its first item starts, and
+`preload()`, called where there is time; what it imports later should stop the `clock`."""
 
 LIMITS_S = {"code": 45.0, "rubric": 180.0}
 """Seconds that the pool allows verifiers which keep to limits of their own: code runs its tests for
@@ -52,11 +54,12 @@ MAX_DETAIL_CHARS = 500
 PR_SET_PDEATHSIG = 1
 
 
-def names(record: Mapping[str, Any]) -> list[str]:
+def names(record: Mapping[str, Any], modules: Mapping[str, str] = MODULES) -> list[str]:
     """Returns the names of the verifiers that a record asks for.
 
     Args:
         record: `verifier` is one name or a list of names.
+        modules: the verifiers that there are: name -> module.
 
     Raises:
         ValueError: `record` is no mapping, names no verifier or an unknown one, or lacks a field
@@ -65,14 +68,14 @@ def names(record: Mapping[str, Any]) -> list[str]:
     if not isinstance(record, Mapping):
         raise ValueError(f"record {record!r:.80} is not an object of fields")
     if "verifier" not in record:
-        raise ValueError(f"record lacks `verifier`: one of {', '.join(MODULES)}, or a list of them")
+        raise ValueError(f"record lacks `verifier`: one of {', '.join(modules)}, or a list of them")
     asked = record["verifier"]
     asked = [asked] if isinstance(asked, str) else asked
     if not isinstance(asked, list) or not asked:
         raise ValueError(f"verifier = {asked!r:.80} is neither a name nor a list of names")
     for name in asked:
-        if not isinstance(name, str) or name not in MODULES:
-            raise ValueError(f"verifier = {name!r:.80} is unknown, known are {', '.join(MODULES)}")
+        if not isinstance(name, str) or name not in modules:
+            raise ValueError(f"verifier = {name!r:.80} is unknown, known are {', '.join(modules)}")
         for field in TRUTH_FIELDS.get(name, ()):
             value = record.get(field)
             if value is None or value == "":
@@ -109,9 +112,9 @@ def combine(parts: Mapping[str, Verdict]) -> Verdict:
 
 
 @functools.cache
-def load(name: str) -> types.ModuleType:
-    """Imports a verifier and what it needs; later calls cost nothing."""
-    module = importlib.import_module(MODULES[name])
+def load(path: str) -> types.ModuleType:
+    """Imports a verifier's module and what that needs; later calls cost nothing."""
+    module = importlib.import_module(path)
     if hasattr(module, "load"):
         module.load()
     return module
@@ -120,6 +123,7 @@ def load(name: str) -> types.ModuleType:
 def judge(
     record: Mapping[str, Any],
     completion: str,
+    modules: Mapping[str, str],
     settings: Mapping[str, Mapping[str, Any]],
     started: Callable[[], None],
 ) -> Verdict:
@@ -128,15 +132,16 @@ def judge(
     Args:
         record: see `names`.
         completion: text of the completion.
+        modules: verifier name -> module.
         settings: verifier name -> keyword arguments of its `verify`.
         started: called once imports are done and the clock should start.
     """
     try:
-        modules = {name: load(name) for name in names(record)}
+        verifiers = {name: load(modules[name]) for name in names(record, modules)}
         started()
         parts = {}
-        for name, module in modules.items():
-            parts[name] = module.verify(record, completion, **settings.get(name, {}))
+        for name, verifier in verifiers.items():
+            parts[name] = verifier.verify(record, completion, **settings.get(name, {}))
         return combine(parts)
     except MemoryError:
         return Verdict(correct=False, reward=0.0, outcome=Outcome.MEMORY, detail="MemoryError")
@@ -186,18 +191,25 @@ def main() -> None:
         while line:
             line = line[os.write(sink, line) :]
 
+    def tell(running: bool) -> None:
+        emit({"event": "started" if running else "stopped"})
+
+    clock.listen(tell)
     emit({"event": "ready"})
     for line in source:
         request = json.loads(line)
-        if "load" in request:
-            for name in request["load"]:
-                load(name)
+        if "preload" in request:
+            for name in request["preload"]:
+                module = load(options["modules"][name])
+                if hasattr(module, "preload"):
+                    module.preload()
             continue
         verdict = judge(
             request["record"],
             request["completion"],
+            options["modules"],
             options["settings"],
-            lambda: emit({"event": "started"}),
+            lambda: tell(True),
         )
         fields = dataclasses.asdict(verdict)
         if verdict.answer is not None:

@@ -25,6 +25,10 @@ class LateError(Exception):
     """A worker said nothing in time."""
 
 
+class RefusedError(Exception):
+    """A worker ended an item before it started it."""
+
+
 class WorkerProcess:
     """A worker process and its pipes.
 
@@ -93,6 +97,12 @@ class WorkerProcess:
         if not isinstance(message, dict):
             raise DiedError("not a message")
         return message
+
+    def expect(self, event: str, deadline: float) -> None:
+        """Reads messages up to an event; `deadline` in seconds of the monotonic clock."""
+        while (message := self.receive(deadline)).get("event") != event:
+            if message.get("event") == "verdict":
+                raise RefusedError(message.get("detail"))
 
     def kill(self) -> None:
         """Kills the worker and all it started; safe to call twice, before `bury`."""

@@ -1,0 +1,25 @@
+"""The clock of the item that a worker verifies, which stands still while a verifier imports.
+
+Imports of sympy's size take longer than most verifications and happen once in a process: counted,
+they would time out the first items of every worker.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+_listeners: list[Callable[[bool], None]] = []
+
+
+def listen(listener: Callable[[bool], None]) -> None:
+    """Has a function called with False when the clock stops and with True when it starts anew."""
+    _listeners.append(listener)
+
+
+@contextlib.contextmanager
+def stopped() -> Iterator[None]:
+    """Stops the clock for the body of a `with` statement."""
+    for listener in _listeners:
+        listener(False)
+    yield
+    for listener in _listeners:
+        listener(True)
