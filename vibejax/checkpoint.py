@@ -35,14 +35,10 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore_latest(self, state: TrainState) -> TrainState:
-        """The newest checkpoint, laid out as `state`, which is a live or an abstract state.
-
-        Raises:
-            RunError: there is none.
-        """
+        """The newest checkpoint, laid out as `state`; `state` itself where none was finished."""
         step = self.latest_step()
         if step is None:
-            raise RunError(f"{self._folder}: holds no finished checkpoint to resume from")
+            return state
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )

@@ -289,11 +289,15 @@ def parse_args(
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Ends the process with the message, and without a traceback, on what the user can mend."""
+def errors_in_one_line(*more: type[Exception]) -> Iterator[None]:
+    """Ends the process with the message, and without a traceback, on what the user can mend.
+
+    Args:
+        more: classes besides `InputError` whose message is all that needs to be shown.
+    """
     try:
         yield
-    except InputError as error:
+    except (InputError, *more) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -22,6 +22,7 @@ from vibejax import (
     data,
     engine,
     optimizer,
+    qwen2,
     rollout,
     run_folder,
     scoring,
@@ -42,7 +43,7 @@ from vibejax.rollout import Rollout
 from vibejax.run_folder import Log, RunError
 from vibejax.tokenizer import Tokenizer
 from vibejax.train import TrainState, TrainStep
-from vibejax.verifiers.pool import Pool
+from vibejax.verifiers.pool import Pool, VerifierFailure
 
 DEFAULT = Path(__file__).parent / "quickstart" / "rl.toml"
 HELDOUT_DRAWS = 2**31 - 1  # the "step" of held-out draws: always the same, so gains are paired
@@ -79,7 +80,7 @@ class Setup:
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(RlConfig, doc=__doc__, default=DEFAULT)
-    with errors_in_one_line():
+    with errors_in_one_line(VerifierFailure):
         run(config)
 
 
@@ -114,7 +115,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                 return {}
             rolled = evaluate_heldout(setup, state, heldout, pool)
             evaluations.write(step, {"accuracy": rolled.correct_NG.mean(axis=1).tolist()})
-            return _heldout_metrics(rolled)
+            return scoring.heldout_metrics(rolled.correct_NG, rolled.length_NG, rolled.truncated_NG)
 
         if config.drop_solved:
             prompts = _mixed_prompts(setup, state, prompts, pool, folder)
@@ -132,7 +133,11 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                     f"step {step}: the loss or the gradient is not finite; the state after step "
                     f"{step - 1} is saved in {folder / 'checkpoints'}"
                 )
-            values |= _times(rolled, start, sampled)
+            values |= {
+                "time/step_s": time.perf_counter() - start,
+                "time/sample_s": sampled - start,
+                "time/sampled_tokens_per_s": rolled.length_NG.sum() / (sampled - start),
+            }
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 values |= evaluate(state, step)
             _write_samples(samples, step, rolled, setup)
@@ -162,7 +167,7 @@ def set_up(config: RlConfig) -> Setup:
             f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
             f"the {model.context} positions of {config.policy}"
         )
-    mesh = sharding.make_mesh(config.mesh.model_dump())
+    mesh = _mesh(config, model)
     adamw = optimizer.make_optimizer(config.optimizer, config.steps * config.objective.updates)
     schedule = optimizer.make_schedule(config.optimizer, config.steps * config.objective.updates)
     loss_fn = functools.partial(policy_loss, model=model, config=config)
@@ -223,15 +228,9 @@ def roll_out(
     indices = data.step_indices(
         len(prompts), config.seed, step - 1, config.rollout.prompts_per_step
     )
-    how = engine.Sampling(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
-        max_tokens=config.rollout.max_completion_tokens,
-        eos_ids=setup.tokenizer.eos_ids,
-    )
     chosen = [prompts[i] for i in indices]
-    return _sample(setup, state, chosen, pool, how, config.rollout.group_size, step)
+    how, samples = _training_draws(setup), config.rollout.group_size
+    return _sample(setup, state, chosen, pool, how, samples, step)
 
 
 def evaluate_heldout(
@@ -323,6 +322,17 @@ def _with_channel(setup: Setup, params: Params, documents: list[Document], name:
     ]
 
 
+def _training_draws(setup: Setup) -> engine.Sampling:
+    config = setup.config.rollout
+    return engine.Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=config.max_completion_tokens,
+        eos_ids=setup.tokenizer.eos_ids,
+    )
+
+
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
     dtype = jnp.dtype(setup.config.train.dtype)
     return rollout.sample(
@@ -348,15 +358,8 @@ def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
     if path.is_file():
         kept = set(json.loads(path.read_text()))
     else:
-        config = setup.config.rollout
-        how = engine.Sampling(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            max_tokens=config.max_completion_tokens,
-            eos_ids=setup.tokenizer.eos_ids,
-        )
-        rolled = _sample(setup, state, prompts, pool, how, config.group_size, FILTER_DRAWS)
+        how, samples = _training_draws(setup), setup.config.rollout.group_size
+        rolled = _sample(setup, state, prompts, pool, how, samples, FILTER_DRAWS)
         accuracy_N = rolled.correct_NG.mean(axis=1)
         kept = {p.index for p, a in zip(prompts, accuracy_N, strict=True) if 0 < a < 1}
         if not kept:
@@ -365,6 +368,18 @@ def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
         part.write_text(json.dumps(sorted(kept)))
         part.replace(path)
     return [p for p in prompts if p.index in kept]
+
+
+def _mesh(config: RlConfig, model: ModelConfig) -> jax.sharding.Mesh:
+    """The mesh, once all that will lie on it is known to divide over it."""
+    try:
+        mesh = sharding.make_mesh(config.mesh.model_dump())
+        qwen2.param_shardings(model, mesh)
+        shape = (config.train.microbatch_rows, config.train.row_tokens)
+        sharding.sharding(mesh, shape, "batch", "length")
+    except ValueError as error:
+        raise RunError(f"mesh: {error}") from None
+    return mesh
 
 
 def _prompts(setup: Setup, name: str) -> list[Prompt]:
@@ -378,27 +393,6 @@ def _prompts(setup: Setup, name: str) -> list[Prompt]:
 
 def _load(setup: Setup) -> Params:
     return weights.load_params(setup.source, setup.model, setup.mesh, jnp.float32)
-
-
-def _times(rolled: Rollout, start: float, sampled: float) -> dict[str, float]:
-    now = time.perf_counter()
-    return {
-        "time/step_s": now - start,
-        "time/sample_s": sampled - start,
-        "time/update_s": now - sampled,
-        "time/sampled_tokens_per_s": float(rolled.length_NG.sum() / (sampled - start)),
-    }
-
-
-def _heldout_metrics(rolled: Rollout) -> dict[str, float]:
-    low, high = scoring.bootstrap_interval(rolled.correct_NG.mean(axis=1))
-    return {
-        "heldout/pass@1": scoring.pass_at_k(rolled.correct_NG, 1),
-        "heldout/pass@1_low": low,
-        "heldout/pass@1_high": high,
-        "heldout/length": float(rolled.length_NG.mean()),
-        "heldout/truncated": float(rolled.truncated_NG.mean()),
-    }
 
 
 def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> None:

@@ -75,12 +75,12 @@ class Log:
     """A JSONL file of one object a line, each with its `step`.
 
     Opened at step s, it drops the lines of later steps and a half-written last line: a resumed
-    run writes them again.
+    run writes them again. At step 0 a run begins anew and all lines go.
     """
 
     def __init__(self, path: Path, step: int):
         """Opens `path` for writing after step `step`."""
-        self.rows = [row for row in read_log(path) if row["step"] <= step]
+        self.rows = [row for row in read_log(path) if row["step"] <= step and step > 0]
         part = path.with_suffix(".part")
         with part.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)

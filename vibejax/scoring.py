@@ -44,3 +44,23 @@ def bootstrap_interval(
     index = np.random.default_rng(seed).integers(0, len(value_N), (draws, len(value_N)))
     low, high = np.percentile(value_N[index].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def heldout_metrics(
+    correct_NG: np.ndarray, length_NG: np.ndarray, truncated_NG: np.ndarray
+) -> dict[str, float]:
+    """What a held-out evaluation says, as metrics.
+
+    Args:
+        correct_NG: [N, G] bool.
+        length_NG: [N, G] int, completion tokens.
+        truncated_NG: [N, G] bool, ended by the limit.
+    """
+    low, high = bootstrap_interval(correct_NG.mean(axis=1))
+    return {
+        "heldout/pass@1": pass_at_k(correct_NG, 1),
+        "heldout/pass@1_low": low,
+        "heldout/pass@1_high": high,
+        "heldout/length": float(length_NG.mean()),
+        "heldout/truncated": float(truncated_NG.mean()),
+    }

@@ -1,0 +1,73 @@
+"""A run as a picture: `python -m vibejax.report RUN --out F.png`.
+
+Draws the curves of metrics.jsonl: accuracy of the training groups and of held-out prompts with
+its 95% interval, completion length, and how far sampler and trainer are apart.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from vibejax.config import InputError, errors_in_one_line
+from vibejax.run_folder import read_log
+
+matplotlib.use("Agg")  # files only: no display is needed or opened
+
+from matplotlib import pyplot as plt
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, metavar="F.png")
+    args = parser.parse_args()
+    with errors_in_one_line():
+        rows = read_log(args.run / "metrics.jsonl")
+        if not rows:
+            raise InputError(f"{args.run}: has no metrics.jsonl with a step in it")
+        draw(rows, args.out)
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """Writes the picture of a run's metrics."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    accuracy, length, agreement = axes
+    _curve(accuracy, rows, "rollout/accuracy", label="training groups", alpha=0.6)
+    heldout = [row for row in rows if "heldout/pass@1" in row]
+    if heldout:
+        value = [row["heldout/pass@1"] for row in heldout]
+        low = [v - row["heldout/pass@1_low"] for v, row in zip(value, heldout, strict=True)]
+        high = [row["heldout/pass@1_high"] - v for v, row in zip(value, heldout, strict=True)]
+        steps = [row["step"] for row in heldout]
+        accuracy.errorbar(
+            steps, value, [low, high], fmt="o-", capsize=3, label="held-out, 95% interval"
+        )
+    accuracy.set(title="pass@1", ylim=(0, 1))
+    accuracy.legend()
+    _curve(length, rows, "rollout/length", color="tab:green")
+    length.set(title="tokens of a completion", ylim=(0, None))
+    _curve(agreement, rows, "agreement/mean_abs_dlogp", label="mean", color="tab:red")
+    _curve(agreement, rows, "agreement/max_abs_dlogp", label="largest", color="tab:orange")
+    agreement.set(title="|sampler - trainer log-prob|, nats", yscale="log")
+    agreement.legend()
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _curve(axis, rows: list[dict[str, Any]], name: str, **style) -> None:
+    """The steps that have a value."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+        axis.plot(*zip(*points, strict=True), **style)
+
+
+if __name__ == "__main__":
+    main()
