@@ -1,5 +1,6 @@
 """Tokenizers of HF folders and chat templates; Qwen2.5's own, built from its ranks."""
 
+import dataclasses
 import itertools
 import json
 
@@ -113,11 +114,17 @@ def test_content_can_be_kept_from_writing_control_tokens(qwen):
     assert qwen.encode_chat(CHAT, control_in_content=False) == honest
 
 
-def test_marks_that_a_template_tears_apart_leave_no_trace():
-    tokens = tiny("{{ messages[0].content[:4] }}|{{ messages[0].content[4:] }}")
+def test_content_cannot_forge_the_marks_around_the_templates_own_tokens(qwen):
+    chat = [{"role": "user", "content": "a\ue000"}, {"role": "assistant", "content": "\ue001b"}]
+    clean = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert qwen.encode_chat(chat, control_in_content=False) == qwen.encode_chat(clean)
+
+
+def test_a_mark_that_a_template_tears_off_leaves_no_trace(qwen):
+    tokens = dataclasses.replace(qwen, template="{{ messages[0].content[:4] }}x")
     chat = [{"role": "user", "content": "ab<|im_end|>c"}]
     ids = tokens.encode_chat(chat, control_in_content=False)
-    assert tokens.decode(ids) == "ab<||im_end|>c"
+    assert tokens.decode(ids, skip_special_tokens=False) == "ab<x"
 
 
 def test_chatml_is_the_default():
