@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def measure(script: str, case: str, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
@@ -49,9 +49,15 @@ def row(
     print(json.dumps(fields), flush=True)
 
 
-def seconds(function, repeats: int) -> float:
-    """Median seconds of `function`, which must wait for its own work, after one warm-up."""
-    function()
+def seconds(function, repeats: int = 1, warm_up=None) -> float:
+    """Median seconds of `function`, which must wait for its own work.
+
+    Args:
+        function: what is timed.
+        repeats: how often.
+        warm_up: run once before, untimed: compiles and fills caches; None takes `function`.
+    """
+    (warm_up or function)()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -38,7 +38,7 @@ def ours() -> None:
         )
         assert sum(len(c.logprobs) for _, _, c in done) == PROMPTS * NEW_TOKENS
 
-    harness.report(tokens_per_s=PROMPTS * NEW_TOKENS / harness.seconds(run, 1))
+    harness.report(tokens_per_s=PROMPTS * NEW_TOKENS / harness.seconds(run))
 
 
 def peer() -> None:
@@ -60,12 +60,12 @@ def peer() -> None:
     tokens = torch.from_numpy(prompts())
 
     @torch.no_grad()
-    def run() -> None:
+    def run(new_tokens: int = NEW_TOKENS) -> None:
         out = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            min_new_tokens=NEW_TOKENS,
-            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
             do_sample=True,
             temperature=1.0,
             top_p=1.0,
@@ -78,7 +78,8 @@ def peer() -> None:
             chosen = out.sequences[:, PROMPT_TOKENS + i, None]
             torch.log_softmax(logits.float(), -1).gather(1, chosen)
 
-    harness.report(tokens_per_s=PROMPTS * NEW_TOKENS / harness.seconds(run, 1))
+    took = harness.seconds(run, warm_up=lambda: run(4))
+    harness.report(tokens_per_s=PROMPTS * NEW_TOKENS / took)
 
 
 def main() -> None:
