@@ -72,9 +72,9 @@ def _gain(output: str) -> dict[str, float]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
+        results = {seed: shipped(seed, folder) for seed in SEEDS}
         flips = control(folder)
-        for seed in SEEDS:
-            result = shipped(seed, folder)
+        for seed, result in results.items():
             ours, peer = (r["after"] - r["before"] for r in (result, flips))
             row = {
                 "benchmark": "quickstart",
