@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import platform
-import signal
 import socket
 import struct
 import subprocess
@@ -324,7 +323,7 @@ def test_foreign_system_calls_kill(way):
     assert ended.how == harness.SIGNALLED and not ended.reply
 
 
-def test_namespaces_are_new_and_die_with_the_worker(way, tmp_path):
+def test_namespaces_are_new_and_die_with_the_worker(way):
     source = f"""
         import time
         from vibejax.verifiers import sandbox
@@ -335,20 +334,29 @@ def test_namespaces_are_new_and_die_with_the_worker(way, tmp_path):
         box.run(b"", 600.0)
         """
     command = [sys.executable, "-c", textwrap.dedent(source)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as worker:
-        pid = int(worker.stdout.readline())
-        deadline = time.monotonic() + 20
-        while len(family := descendants(pid)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert len(family) >= 3, family  # bubblewrap or launcher, harness, program
-        for kind in ("net", "pid", "mnt", "ipc", "uts"):
-            assert os.readlink(f"/proc/{family[-1]}/ns/{kind}") != os.readlink(
-                f"/proc/self/ns/{kind}"
-            )
-        worker.send_signal(signal.SIGKILL)
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as worker:
+        try:
+            pid = int(worker.stdout.readline())
+            deadline = time.monotonic() + 30
+            while len(family := descendants(pid)) < 3 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            shared = [x for x in SEPARATE if namespace(family[-1], x) == namespace("self", x)]
+        finally:
+            worker.kill()
+    assert len(family) >= 3  # bubblewrap or launcher, harness, program
+    assert not shared
+    deadline = time.monotonic() + 30
     while (left := [pid for pid in family if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left
+
+
+SEPARATE = ("net", "pid", "mnt", "ipc", "uts")
+
+
+def namespace(pid, kind):
+    return os.readlink(f"/proc/{pid}/ns/{kind}")
 
 
 def descendants(pid):
