@@ -10,9 +10,14 @@ from collections.abc import Callable, Iterator
 _listeners: list[Callable[[bool], None]] = []
 
 
-def listen(listener: Callable[[bool], None]) -> None:
+@contextlib.contextmanager
+def watched(listener: Callable[[bool], None]) -> Iterator[None]:
     """Has a function called with False when the clock stops and with True when it starts anew."""
     _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextlib.contextmanager
@@ -20,6 +25,8 @@ def stopped() -> Iterator[None]:
     """Stops the clock for the body of a `with` statement."""
     for listener in _listeners:
         listener(False)
-    yield
-    for listener in _listeners:
-        listener(True)
+    try:
+        yield
+    finally:
+        for listener in _listeners:
+            listener(True)

@@ -194,7 +194,6 @@ def main() -> None:
     def tell(running: bool) -> None:
         emit({"event": "started" if running else "stopped"})
 
-    clock.listen(tell)
     emit({"event": "ready"})
     for line in source:
         request = json.loads(line)
@@ -204,13 +203,14 @@ def main() -> None:
                 if hasattr(module, "preload"):
                     module.preload()
             continue
-        verdict = judge(
-            request["record"],
-            request["completion"],
-            options["modules"],
-            options["settings"],
-            lambda: tell(True),
-        )
+        with clock.watched(tell):
+            verdict = judge(
+                request["record"],
+                request["completion"],
+                options["modules"],
+                options["settings"],
+                lambda: tell(True),
+            )
         fields = dataclasses.asdict(verdict)
         if verdict.answer is not None:
             fields["answer"] = str(verdict.answer)[:MAX_ANSWER_CHARS]
