@@ -500,24 +500,34 @@ SPY = """
     """
 
 
+IN_MEMORY = f"""
+import types
+setup = types.ModuleType("hidden")
+setup.value = "".join([{SECRET[:12]!r}, {SECRET[12:]!r}])
+"""
+
+
 def spied(kind, where):
-    """Tests that expect the secret; `where` says whether it also lies in the solution's sight."""
-    given = SECRET if where == "in sight" else ""
+    """Tests that expect the secret; `where` says where else it lies, if anywhere."""
+    given = SECRET if where == "input" else ""
+    setup = IN_MEMORY if where == "memory" else "setup = 1"
     if kind == "stdin":
-        return {"type": "stdin", "cases": [{"input": given, "output": SECRET}]}
+        cases = [{"input": given, "output": SECRET}]
+        return {"type": "stdin", "cases": cases, "setup": setup.replace("setup", "hidden")}
     if kind == "call":
         cases = [{"args": [given, 0], "expected": SECRET}]
-        return {"type": "call", "function": "add", "cases": cases, "setup": "setup = 1"}
-    text = f"other = {SECRET!r}\nassert add({given!r}, 0) == {SECRET!r}"
-    return {"type": "assert", "code": [text] * 2, "entry_point": "add", "setup": "setup = 1"}
+        return {"type": "call", "function": "add", "cases": cases, "setup": setup}
+    text = f"other = {SECRET!r}\ngot = add({given!r}, 0)\nassert got == {SECRET!r}, got"
+    return {"type": "assert", "code": [text] * 2, "entry_point": "add", "setup": setup}
 
 
 @pytest.mark.parametrize("kind", ["stdin", "call", "assert"])
 def test_expected_outputs_are_nowhere_in_the_solutions_process(kind):
-    """The spy finds what it can reach, by descriptor, frame or raw memory: not what is expected."""
-    assert verify(SPY, spied(kind, "in sight"), stop_early=False).correct
-    verdict = verify(SPY, spied(kind, "out of sight"), stop_early=False)
-    assert verdict.outcome is Outcome.WRONG and SECRET not in (verdict.answer or "")
+    """The spy finds what lies in an input or anywhere in memory; what is expected lies nowhere."""
+    for where in ("input", "memory"):
+        assert verify(SPY, spied(kind, where), seconds=30.0).correct, where
+    verdict = verify(SPY, spied(kind, "nowhere"), seconds=30.0, stop_early=False)
+    assert verdict.outcome is Outcome.WRONG and "nothing" in verdict.detail, verdict
 
 
 def test_quiet_end_of_a_mapped_loop_is_wrong():
