@@ -26,18 +26,24 @@ CONFIG = qwen2.ModelConfig(
     vocab=1_000,
     context=512,
 )
-ROWS, TOKENS = 2, 256
+ROWS, TOKENS = 3, 256  # no array without rows has an axis of size 3
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|dot|convolution)\b.*")
 OPERANDS = re.compile(r": \(tensor<([^>]*)>, tensor<([^>]*)>\)")
+RESULT = re.compile(r"-> tensor<([^>]*)>")
+SUM = re.compile(r"stablehlo\.reduce\(.*applies stablehlo\.add.*: \(tensor<([^>]*)>")
 
 
 def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def products(function, *args):
-    """Of each matrix product in the program for a TPU: its text and its operands' types."""
-    module = jax.export.export(jax.jit(function), platforms=["tpu"])(*args).mlir_module()
+def lowered(function, *args):
+    """The program for a TPU, as text."""
+    return jax.export.export(jax.jit(function), platforms=["tpu"])(*args).mlir_module()
+
+
+def products(module):
+    """Of each matrix product: its text and its operands' types."""
     lines = PRODUCT.findall(module)
     return [(line, *(x.split("x")[-1] for x in OPERANDS.search(line).groups())) for line in lines]
 
@@ -72,7 +78,7 @@ def loss(params, token_BT, position_BT, segment_BT, *, dtype, remat):
 )
 def test_training_rounds_no_float32_operand(dtype, remat):
     step = jax.value_and_grad(functools.partial(loss, dtype=dtype, remat=remat))
-    found = products(step, params(jnp.float32), *row())
+    found = products(lowered(step, params(jnp.float32), *row()))
     # A layer has 9, q k v o gate up down, the scores and their use, and the head is another;
     # the backward pass has 2 of each, and the head's logits again.
     assert len(found) >= 3 * (9 + 1) + 1
@@ -82,8 +88,19 @@ def test_training_rounds_no_float32_operand(dtype, remat):
 @pytest.mark.parametrize("dtype, short", [("float32", "f32"), ("bfloat16", "bf16")])
 def test_the_forward_pass_multiplies_in_the_dtype_asked_for(dtype, short):
     forward = functools.partial(loss, dtype=dtype, remat="none")
-    found = products(forward, params(jnp.float32), *row())
+    found = products(lowered(forward, params(jnp.float32), *row()))
     assert [types for _, *types in found] == [[short, short]] * (9 + 1)
+
+
+def test_gradients_are_summed_in_float32():
+    """In bfloat16 training too: weights over tokens (and so devices), scales and biases."""
+    step = jax.value_and_grad(functools.partial(loss, dtype="bfloat16", remat="attention"))
+    module = lowered(step, params(jnp.float32), *row())
+    results = [RESULT.search(line)[1].split("x") for line, *_ in products(module)]
+    of_weights = [dtype for *shape, dtype in results if str(ROWS) not in shape]
+    assert of_weights == ["f32"] * 8  # q k v o gate up down, and the head
+    sums = [operand.split("x")[-1] for operand in SUM.findall(module)]
+    assert len(sums) > 10 and set(sums) <= {"f32", "i32"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -100,7 +117,8 @@ def test_decoding_rounds_no_float32_operand(dtype):
     cache = [(array(dtype, ROWS, 2, 64, entries), array(dtype, ROWS, 2, entries, 64))] * 2
     token_B = array(jnp.int32, ROWS)
     visible_BS = array(jnp.bool_, ROWS, entries)
-    found = products(step, sampler, token_B, token_B, cache, array(jnp.int32), visible_BS)
+    args = (sampler, token_B, token_B, cache, array(jnp.int32), visible_BS)
+    found = products(lowered(step, *args))
     assert len(found) == 2 * 9 + 1
     assert not rounded(found)
 
@@ -109,8 +127,8 @@ def test_a_product_at_default_precision_is_found():
     x = array(jnp.float32, 8, 8)
     y = array(jnp.bfloat16, 8, 8)
     dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
-    assert len(rounded(products(dot, x, x))) == 1
-    assert len(rounded(products(dot, x, y))) == 1
-    assert rounded(products(dot, y, y)) == []
+    assert len(rounded(products(lowered(dot, x, x)))) == 1
+    assert len(rounded(products(lowered(dot, x, y)))) == 1
+    assert rounded(products(lowered(dot, y, y))) == []
     exact = functools.partial(dot, precision=jax.lax.Precision.HIGHEST)
-    assert rounded(products(exact, x, x)) == []
+    assert rounded(products(lowered(exact, x, x))) == []

@@ -330,14 +330,17 @@ def test_padded_ids_have_no_probability(name):
     close(logprob_BT[0], logprob_TV[np.arange(20), target_BT[0]], rounding=1e-6)
 
 
-def test_bfloat16_rounds_what_lies_between_but_not_the_statistics():
+def test_bfloat16_is_near_float32_also_at_late_positions():
+    """Positions past 256 are not bfloat16 numbers: angles are float32 in any case."""
     config = CONFIGS["small"]
-    params, row = random_params(config), documents(config, [12, 8], 20)
-    got_BTE = hidden_states(params, *row, config, dtype=jnp.bfloat16)
-    want_BTE = hidden_states(params, *row, config)
-    assert got_BTE.dtype == jnp.bfloat16
-    error = np.linalg.norm(got_BTE.astype(np.float32) - want_BTE) / np.linalg.norm(want_BTE)
-    assert error < 2**-5
+    params, (token_BT, position_BT, segment_BT) = random_params(config), documents(config, [20], 20)
+    want_BTE = hidden_states(params, token_BT, position_BT, segment_BT, config)
+    for start in (0, 4_099):
+        row = (token_BT, position_BT + start, segment_BT)
+        got_BTE = hidden_states(params, *row, config, dtype=jnp.bfloat16)
+        assert got_BTE.dtype == jnp.bfloat16
+        error = np.linalg.norm(got_BTE.astype(np.float32) - want_BTE) / np.linalg.norm(want_BTE)
+        assert error < 2**-5
 
 
 def test_initial_parameters():

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
 import jax.numpy as jnp
 
-from vibejax import data, engine, tokenizer, weights
+from vibejax import data, engine, qwen2, tokenizer, weights
 from vibejax.config import InputError, errors_in_one_line
 from vibejax.engine import Completion, Request, Sampling
 from vibejax.locations import resolve
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     model = weights.load_config(path)
     tokens = tokenizer.load(path)
     requests, records = _requests(args, tokens, model.context - args.max_tokens)
-    dtype = jnp.dtype(args.dtype or default_dtype())
+    dtype = jnp.dtype(args.dtype or qwen2.default_dtype())
     params = engine.sampler_params(weights.load_params(path, model, None, dtype), model, dtype)
     how = Sampling(
         temperature=args.temperature,
@@ -87,11 +86,6 @@ def run(args: argparse.Namespace) -> None:
         for record, group in zip(records, groups, strict=True):
             out.write(json.dumps({**record, "completions": _rows(group, tokens)}) + "\n")
             out.flush()
-
-
-def default_dtype() -> str:
-    """The dtype that the default device computes fastest in."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _requests(args, tokens, room: int) -> tuple[list[Request], list[data.Record]]:

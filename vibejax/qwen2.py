@@ -37,17 +37,19 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """An einsum with a weight, whose gradient is kept apart from what comes after it.
+    """An einsum with a weight in x's dtype, whose gradient has the weight's own dtype.
 
-    A weight's gradient sums over tokens, so one factor is read transposed. Without the barrier
-    XLA for CPUs computes the activation's derivative inside that transposing read, element by
-    element: a training step of the shipped policy then takes twice as long.
+    A weight's gradient sums over tokens and over devices: with float32 weights, in float32.
+
+    For it one factor is read transposed. Without the barrier XLA for CPUs computes the
+    activation's derivative inside that transposing read, element by element: a training step of
+    the shipped policy then takes twice as long.
     """
-    return _einsum(subscripts, x, w)
+    return _einsum(subscripts, x, w.astype(x.dtype))
 
 
 def _project_forward(subscripts, x, w):
-    return _einsum(subscripts, x, w), (x, w)
+    return _project(subscripts, x, w), (x, w)
 
 
 def _project_backward(subscripts, residuals, dy):
@@ -55,8 +57,9 @@ def _project_backward(subscripts, residuals, dy):
     inputs, out_axes = subscripts.split("->")
     x_axes, w_axes = inputs.split(",")
     dy = jax.lax.optimization_barrier(dy)
-    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, w)
-    return dx, _einsum(f"{x_axes},{out_axes}->{w_axes}", x, dy)
+    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, w.astype(x.dtype))
+    dw = _einsum(f"{x_axes},{out_axes}->{w_axes}", x, dy, preferred_element_type=w.dtype)
+    return dx, dw
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -184,6 +187,11 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
     return jax.tree.unflatten(tree, [leaf(i, k) for i, k in zip(leaves, keys, strict=True)])
 
 
+def default_dtype() -> str:
+    """The dtype that the default device computes fastest in."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def head(params: Params) -> jax.Array:
     """[V, E] output head: the embedding where the two are tied."""
     return params.get("head", params["embed"])
@@ -250,7 +258,6 @@ def _layers(params, token_BT, position_BT, segment_BT, config, dtype, remat, kee
 
     def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, Any]:
         x_BTE = checkpoint_name(x_BTE, "layer_input")
-        p = jax.tree.map(lambda w: w.astype(dtype), p)
         q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config)
         a_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT)
         a_BTHD = checkpoint_name(a_BTHD, "attention_output")
@@ -340,9 +347,9 @@ def decode_step(
 
 def _qkv(x_BTE, p, cos_BTD, sin_BTD, config):
     h_BTE = _rms_norm(x_BTE, p["attention_norm"], config.norm_epsilon)
-    q_BTHD = _project("BTE,EHD->BTHD", h_BTE, p["q"]) + p["q_bias"][None, None]
-    k_BTKD = _project("BTE,EKD->BTKD", h_BTE, p["k"]) + p["k_bias"][None, None]
-    v_BTKD = _project("BTE,EKD->BTKD", h_BTE, p["v"]) + p["v_bias"][None, None]
+    q_BTHD = _biased(_project("BTE,EHD->BTHD", h_BTE, p["q"]), p["q_bias"])
+    k_BTKD = _biased(_project("BTE,EKD->BTKD", h_BTE, p["k"]), p["k_bias"])
+    v_BTKD = _biased(_project("BTE,EKD->BTKD", h_BTE, p["v"]), p["v_bias"])
     q_BTHD = constrain(_rotate(q_BTHD, cos_BTD, sin_BTD), "batch", "length", "heads", None)
     return q_BTHD, _rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
 
@@ -357,8 +364,22 @@ def _mlp(x_BTE, p, config):
 def _rms_norm(x_BTE: jax.Array, scale_E: jax.Array, epsilon: float) -> jax.Array:
     x32_BTE = x_BTE.astype(jnp.float32)
     variance_BT1 = jnp.mean(x32_BTE**2, axis=-1, keepdims=True)
-    normed_BTE = (x32_BTE * jax.lax.rsqrt(variance_BT1 + epsilon)).astype(x_BTE.dtype)
-    return normed_BTE * scale_E.astype(x_BTE.dtype)[None, None]
+    normed_BTE = x32_BTE * jax.lax.rsqrt(variance_BT1 + epsilon)
+    return (normed_BTE * _held(scale_E, x_BTE.dtype)[None, None]).astype(x_BTE.dtype)
+
+
+def _biased(x_BTHD: jax.Array, bias_HD: jax.Array) -> jax.Array:
+    sum_BTHD = x_BTHD.astype(jnp.float32) + _held(bias_HD, x_BTHD.dtype)[None, None]
+    return sum_BTHD.astype(x_BTHD.dtype)
+
+
+def _held(w: jax.Array, dtype: Any) -> jax.Array:
+    """A scale or bias in float32, but rounded to `dtype`, as the sampler's copy holds it.
+
+    Applied in float32, its gradient is summed over tokens and devices in float32.
+    """
+    kept = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(w.astype(jnp.float32), kept.nexp, kept.nmant)
 
 
 def _rope(position_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

@@ -80,7 +80,7 @@ class Setup:
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(RlConfig, doc=__doc__, default=DEFAULT)
-    with errors_in_one_line(VerifierFailure):
+    with errors_in_one_line(VerifierFailure, OSError):
         run(config)
 
 
@@ -125,6 +125,11 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             start = time.perf_counter()
             rolled = roll_out(setup, state, prompts, step, pool)
             sampled = time.perf_counter()
+            if not rolled.finite:
+                raise RunError(
+                    f"step {step}: sampled log-probabilities are not finite; what the last update "
+                    f"made is of no use, the checkpoint of step {checkpoints.latest_step()} is"
+                )
             state, values = update(setup, state, rolled, reference)
             if not values["optimizer/finite"]:
                 checkpoints.save(step - 1, state)

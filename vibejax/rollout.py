@@ -29,6 +29,11 @@ class Rollout:
     verdicts: list[list[Verdict]]
 
     @property
+    def finite(self) -> bool:
+        """Whether every sampled log-probability is a number."""
+        return all(np.isfinite(c.logprobs).all() for group in self.completions for c in group)
+
+    @property
     def correct_NG(self) -> np.ndarray:
         """[N, G] bool."""
         return np.array([[v.correct for v in group] for group in self.verdicts])

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import data, sharding, tokenizer, train, weights
+from vibejax import data, qwen2, sharding, tokenizer, train, weights
 from vibejax.config import InputError, TrainConfig, errors_in_one_line
-from vibejax.generate import default_dtype
 from vibejax.locations import resolve
 from vibejax.packing import Document
 
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     config = TrainConfig(
         row_tokens=-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE,
         microbatch_rows=1,
-        dtype=args.dtype or default_dtype(),
+        dtype=args.dtype or qwen2.default_dtype(),
     )
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     score = jax.jit(lambda params, rows: train.row_logprobs(params, rows, model, config).logprob_BT)

@@ -40,6 +40,7 @@ import math
 import pickle
 import re
 import symtable
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -145,6 +146,10 @@ def _read_assert(tests: Mapping[str, Any], setup: str) -> Tests:
     return Tests(kind=ASSERT, setup=setup, cases=finished, names=names)
 
 
+# CPython 3.11 counts the depth of all threads' syntax trees in one place and then disagrees.
+_PARSER = threading.Lock()
+
+
 def _undefined(code: str, setup: str) -> set[str]:
     """Returns global names that code uses and neither it nor its setup defines."""
     used, defined = set(), set(dir(builtins)) | {"__name__"}
@@ -159,7 +164,7 @@ def _undefined(code: str, setup: str) -> set[str]:
             for symbol in table.get_symbols():
                 if symbol.is_referenced() and (table is top or symbol.is_global()):
                     used.add(symbol.get_name())
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(_tree(text)):
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
                 defined |= _public_names(node.module) if node.module in RUNNER_IMPORTS else set()
     return used - defined
@@ -229,13 +234,18 @@ def _text(holder: Any, field: str, default: str | None = None) -> str:
     return value
 
 
+def _tree(code: str) -> ast.Module:
+    with _PARSER:
+        return ast.parse(code)
+
+
 def _bytes(text: str) -> bytes:
     return text.encode(errors="surrogatepass")
 
 
 def _parse(code: str, field: str) -> ast.Module:
     try:
-        return ast.parse(code)
+        return _tree(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"tests.{field} does not parse: {error}") from None
 
