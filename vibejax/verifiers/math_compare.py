@@ -27,6 +27,8 @@ def equal(a: Node, b: Node) -> bool:
         )
     if named_a is not None or named_b is not None:
         named, other = (named_a, b) if named_a is not None else (named_b, a)
+        if other.kind == "set" and len({name.partition("_")[0] for name in named}) == 1:
+            return _equal_in_any_order(tuple(named.values()), other.items)  # roots x_1, x_2
         in_order = tuple(named[name] for name in sorted(named))
         return _is_point(other) and _equal_in_order(in_order, other.items)
     if a.kind == b.kind == "relation":
@@ -205,6 +207,8 @@ def _has_relations(node: Node) -> bool:
 
 def _value_of(relation: Node, other: Node) -> bool:
     """Compares "x = 3" or "1 + 2 = 3" with an answer that is no relation."""
+    if relation.marks[-1] == r"\approx" and set(relation.marks[:-1]) <= {"="}:
+        return _equal_with_approximation(relation, other)
     if set(relation.marks) != {"="}:
         return False
     first, *_, last = relation.items
@@ -213,6 +217,21 @@ def _value_of(relation: Node, other: Node) -> bool:
     if is_name(last.text) and len(relation.items) == 2:
         return equal(first, other)
     return all(equal(item, other) for item in relation.items)
+
+
+def _equal_with_approximation(relation: Node, other: Node) -> bool:
+    r"""Compares "10/3 \approx 3.33" with a value: either side counts if they agree."""
+    *_, exact, decimal = relation.items
+    number = math_quantity.quantity(decimal.text)
+    if number is None or number.decimals is None:
+        return False
+    stated = math_quantity.quantity(exact.text)
+    value = (
+        math_symbolic.real_value(exact.text, number.decimals) if stated is None else stated.value
+    )
+    if value is None or abs(value - number.value) * 10**number.decimals >= 1:
+        return False
+    return equal(exact, other) or equal(decimal, other)
 
 
 def _equal_relations(a: Node, b: Node) -> bool:

@@ -52,7 +52,9 @@ _RULES = [
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _END, ""),
         (r"\\(?:display|text|script)style" + _END + r"|\\limits" + _END + r"|\\!", ""),
-        (r"\{,\}", ","),
+        (r"\{([,:])\}", r"\1"),
+        (r"\\[lc]?dots" + _END, "..."),
+        (r"_\{(\w)\}", r"_\1"),
         (r"\\,|\\ |~", _THIN),
         (r"\\[;:>]|\\q?quad" + _END + r"|\\h(?:space|skip)\*?\{[^{}]*\}", " "),
         (r"\\[dtc]frac" + _END, r"\\frac"),
@@ -96,7 +98,9 @@ _LATE_RULES = [
     )
 ]
 _TRIMMED = re.compile(
-    r"^[\s:=]+|^\\approx|^(?:approximately|about|exactly|roughly)" + _END + r"|(?<!\.)[.,;:\s]+$"
+    r"^[\s:=]+|^\\approx|^(?:approximately|about|exactly|roughly)"
+    + _END
+    + r"|(?<!\.)(?!\.\.\.)[.,;:\s]+$"
 )
 
 

@@ -59,9 +59,10 @@ def read(text: str, level: int = 0) -> Node:
         return _read_list(text, [read(part, level + 1) for part in parts], connectors)
     operands, operators = math_text.split(text, _RELATION)
     if operators:
-        marks = ("=" if mark == r"\approx" else mark for mark in operators)
         items = tuple(read(operand, level + 1) for operand in operands)
-        return Node("relation", text, items, tuple(marks))
+        if operators == [r"\approx"] and is_name(operands[0]):
+            operators = ["="]
+        return Node("relation", text, items, tuple(operators))
     if member := _MEMBER.match(text):
         inner = read(text[member.end() :], level + 1)
         # as a set: beside x in (1, 2), the list "1, 2" is something else
