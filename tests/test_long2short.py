@@ -10,12 +10,11 @@ GROUPS = (4, 8)
 
 def test_redistribution_by_hand():
     """1 / length = 1, 1/2, 1/4: mean 7/12, distances 5/12, -1/12, -4/12, divided by 5/12."""
-    correct_NG = np.ones((1, 3), bool)
-    got_NG = long2short.redistribute(
-        np.ones((1, 3), np.float32), correct_NG, np.array([[1, 2, 4]]), strength=0.2
-    )
+    reward_NG = np.array([[1, 2, 0.5]], np.float32)
+    correct_NG, length_NG = np.ones((1, 3), bool), np.array([[1, 2, 4]])
+    got_NG = long2short.redistribute(reward_NG, correct_NG, length_NG, strength=0.2)
     assert got_NG.dtype == np.float32
-    np.testing.assert_allclose(got_NG, [[1.2, 0.96, 0.84]], rtol=1e-6)
+    np.testing.assert_allclose(got_NG, [[1 + 0.2, 2 - 0.04, 0.5 - 0.16]], rtol=1e-6)
 
 
 def test_incorrect_completions_neither_change_nor_count():
@@ -27,10 +26,10 @@ def test_incorrect_completions_neither_change_nor_count():
 
 
 def test_groups_without_a_difference_are_left_alone():
-    """Equal lengths, one correct completion, none: not even rounding changes a reward."""
+    """Equal lengths, one correct completion, none; three times 1 / 17 is not exactly 3 / 17."""
     reward_NG = np.array([[1, 1, 1, 0.1], [1, 0, 0, 0], [0, 0, 0, 0]], np.float32)
     correct_NG = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-    length_NG = np.array([[49_999, 49_999, 49_999, 3], [5, 6, 7, 8], [5, 6, 7, 8]])
+    length_NG = np.array([[17, 17, 17, 3], [5, 6, 7, 8], [5, 6, 7, 8]])
     got_NG = long2short.redistribute(reward_NG, correct_NG, length_NG, strength=0.2)
     np.testing.assert_array_equal(got_NG, reward_NG)
 
