@@ -212,6 +212,19 @@ def test_hanging_items_time_out_and_the_next_is_verified(open_pool, do):
     assert following.correct
 
 
+def test_replacement_of_a_hanging_worker_starts_before_the_limit(open_pool):
+    pool = open_pool(workers=1, limit_s=4.0)
+    pool.submit("hung", *item("hang"))
+    while len(pool.pids) < 2:
+        assert list(pool.finished(wait=False)) == []
+        time.sleep(0.02)
+    replacement = pool.pids
+    pool.submit("next", *item("pid"))
+    (_, hung), (_, following) = pool.finished()
+    assert hung.outcome is Outcome.TIMEOUT
+    assert int(following.answer) in replacement
+
+
 def test_what_a_hanging_verifier_started_dies_with_it(open_pool, tmp_path):
     pool = open_pool(workers=1, limit_s=1.0)
     written = tmp_path / "pid"
