@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import socket
 import struct
 import subprocess
@@ -52,12 +53,15 @@ def verify(source, tests=ADD, **settings):
 
 def run(source, way):
     """Runs a program on its own and returns how it ended."""
-    job = {"kind": "program", "source": textwrap.dedent(source), "setup": "", "preload": []}
-    job |= {"memory_bytes": 2**29, "output_bytes": 2**20}
     if way.name == "auto":
         way = sandbox.find_backend()
-    with sandbox.Sandbox(way, job) as box:
-        return box.run(b"", 10.0)
+    with sandbox.problem(way, program(textwrap.dedent(source))) as box:
+        return box.run(b"", 20.0)
+
+
+def program(source):
+    job = {"kind": "program", "source": source, "setup": "", "preload": []}
+    return job | {"memory_bytes": 2**29, "output_bytes": 2**20, "total_seconds": 30.0}
 
 
 def printed(source, way):
@@ -325,12 +329,10 @@ def test_foreign_system_calls_kill(way):
 
 def test_namespaces_are_new_and_die_with_the_worker(way):
     source = f"""
-        import time
         from vibejax.verifiers import sandbox
-        job = dict(kind="program", source="import time; time.sleep(600)", setup="", preload=[],
-                   memory_bytes=2**29, output_bytes=2**20)
-        box = sandbox.Sandbox(sandbox.Backend{tuple(way)!r}, job)
-        print(box._process.pid, flush=True)
+        box = sandbox.Sandbox(sandbox.Backend{tuple(way)!r})
+        print(box.pid, flush=True)
+        box.begin({program("import time; time.sleep(600)")!r})
         box.run(b"", 600.0)
         """
     command = [sys.executable, "-c", textwrap.dedent(source)]
@@ -339,12 +341,12 @@ def test_namespaces_are_new_and_die_with_the_worker(way):
         try:
             pid = int(worker.stdout.readline())
             deadline = time.monotonic() + 30
-            while len(family := descendants(pid)) < 3 and time.monotonic() < deadline:
+            while len(family := descendants(pid)) < 4 and time.monotonic() < deadline:
                 time.sleep(0.02)
             shared = [x for x in SEPARATE if namespace(family[-1], x) == namespace("self", x)]
         finally:
             worker.kill()
-    assert len(family) >= 3  # bubblewrap or launcher, harness, program
+    assert len(family) >= 4  # bubblewrap or launcher, harness, supervisor, program
     assert not shared
     deadline = time.monotonic() + 30
     while (left := [pid for pid in family if alive(pid)]) and time.monotonic() < deadline:
@@ -396,11 +398,61 @@ def test_refuses_where_nothing_confines():
 
 
 def test_unsandboxed_still_has_limits_and_filter():
-    job = {"kind": "program", "source": "import os\nprint(1)\nos.fork()", "setup": ""}
-    job |= {"preload": [], "memory_bytes": 2**29, "output_bytes": 2**20}
-    with sandbox.Sandbox(sandbox.Backend(sandbox.NOTHING, False), job) as box:
-        ended = box.run(b"", 10.0)
+    job = program("import os\nprint(1)\nos.fork()")
+    with sandbox.problem(sandbox.Backend(sandbox.NOTHING, False), job) as box:
+        ended = box.run(b"", 20.0)
     assert ended.reply == b"1\n" and b"PermissionError" in ended.errors
+
+
+def pid_of(way, source):
+    """Runs a program and returns which sandbox it ran in."""
+    with sandbox.problem(way, program(source)) as box:
+        box.run(b"", 20.0)
+        return box.pid
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        "open('/tmp/file', 'w')",
+        "import os\nopen('/tmp/file', 'w')\nos.remove('/tmp/file')",
+        "import os\nos.makedirs('/tmp/' + '/'.join(['deep'] * 500))",
+    ],
+)
+def test_a_sandbox_serves_again_only_if_a_solution_left_no_trace(way, trace):
+    sandbox.close_idle()
+    first = pid_of(way, "print(1)")
+    assert pid_of(way, "while True: print('x' * 10**6)") == first
+    assert pid_of(way, trace) == first
+    second = pid_of(way, "print(1)")
+    assert second != first and not alive(first)
+    assert pid_of(way, "print(1)") == second
+
+
+def test_an_idle_sandbox_that_died_is_replaced(way):
+    sandbox.close_idle()
+    first = pid_of(way, "print(1)")
+    for pid in descendants(first):
+        os.kill(pid, signal.SIGKILL)
+    assert pid_of(way, "print(1)") != first
+
+
+def test_signals_by_file_are_refused(way):
+    """Input on a descriptor could send any signal to its owner; the supervisor is no process 1."""
+    source = """
+        import fcntl, os, struct
+        out, into = os.pipe()
+        for pid in [os.getppid(), *range(1, 20)]:
+            owner = struct.pack("ii", 1, pid)
+            for command, value in ((fcntl.F_SETOWN, pid), (10, 9), (15, owner), (4, 0o20000)):
+                try:
+                    fcntl.fcntl(out, command, value)
+                except OSError:
+                    pass
+            os.write(into, b"x")
+        print(fcntl.fcntl(out, fcntl.F_GETOWN))
+        """
+    assert printed(source, way) == "0"
 
 
 def test_unknown_backend_is_named():
@@ -408,9 +460,9 @@ def test_unknown_backend_is_named():
         sandbox.find_backend("docker")
 
 
-def filter_result(program, machine_arch, number, argument=0):
+def filter_result(program, machine_arch, number, first=0, second=0):
     """Interprets a classic BPF program on one system call."""
-    data = struct.pack("<iIQ6Q", number, machine_arch, 0, argument, 0, 0, 0, 0, 0)
+    data = struct.pack("<iIQ6Q", number, machine_arch, 0, first, second, 0, 0, 0, 0)
     instructions = [struct.unpack_from("<HBBI", program, i) for i in range(0, len(program), 8)]
     at, word = 0, 0
     while True:
@@ -434,8 +486,9 @@ def test_filter_refuses_what_it_lists_and_nothing_else(machine):
     program, arch = seccomp.build(machine), seccomp.AUDIT_ARCH[machine]
     column = seccomp.MACHINES.index(machine)
     refused = {x[column] for x in seccomp.REFUSED.values() if x[column] is not None}
-    eperm, special = 0x50000 | errno.EPERM, {seccomp.CLONE[column], seccomp.CLONE3[column]}
-    for number in set(range(600)) - special - {seccomp.PRLIMIT64[column]}:
+    eperm = 0x50000 | errno.EPERM
+    special = seccomp.CLONE, seccomp.CLONE3, seccomp.PRLIMIT64, seccomp.FCNTL, seccomp.IOCTL
+    for number in set(range(600)) - {numbers[column] for numbers in special}:
         want = eperm if number in refused else seccomp.ALLOW
         assert filter_result(program, arch, number) == want
     thread = seccomp.CLONE_THREAD | 0x100
@@ -444,6 +497,11 @@ def test_filter_refuses_what_it_lists_and_nothing_else(machine):
     assert filter_result(program, arch, seccomp.CLONE3[column]) == 0x50000 | errno.ENOSYS
     assert filter_result(program, arch, seccomp.PRLIMIT64[column], 0) == seccomp.ALLOW
     assert filter_result(program, arch, seccomp.PRLIMIT64[column], 1) == eperm
+    for numbers, commands in seccomp.SIGNAL_BY_FILE.items():
+        for command in range(20):
+            want = eperm if command in commands else seccomp.ALLOW
+            assert filter_result(program, arch, numbers[column], 5, command) == want
+    assert filter_result(program, arch, seccomp.IOCTL[column], 5, 0x8901) == eperm
     assert filter_result(program, 0x40000003, 20) == seccomp.KILL
     if machine == "x86_64":
         assert filter_result(program, arch, seccomp.X32_BIT | 1) == seccomp.KILL

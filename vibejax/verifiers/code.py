@@ -146,14 +146,13 @@ def verify(
         "names": list(tests.names),
         "memory_bytes": memory_bytes,
         "output_bytes": output_bytes,
+        "total_seconds": total_seconds,
     }
     job["preload"] = _imports(job["setup"] + "\n" + source)
-    if tests.kind != code_tests.PROGRAM:
-        job["preload"].append("json")  # of the protocol
     results: list[_Result] = []
     end = time.monotonic() + total_seconds
     try:
-        with sandbox.Sandbox(way, job) as box:
+        with sandbox.problem(way, job) as box:
             for body, expected in tests.cases:
                 left = end - time.monotonic()
                 if left <= 0:

@@ -4,18 +4,13 @@ See `harness` for who trusts whom. Each function here runs in a process of its o
 numbered descriptors and nothing else, and ends that process itself.
 """
 
-from __future__ import annotations
-
 import atexit
 import builtins
 import os
 import sys
+from typing import Any
 
 from vibejax.verifiers import plain
-
-TYPE_CHECKING = False  # importing typing takes longer than running a test
-if TYPE_CHECKING:
-    from typing import Any
 
 PASSED, FAILED, UNUSABLE = "passed", "failed", "unusable"  # what a tester says
 TEXT_CHARS = 300  # of an error's text or a test's line, for people
@@ -82,27 +77,32 @@ def run_program(job: dict) -> None:
     os._exit(status & 255)
 
 
-def run_call(job: dict, arguments: bytes) -> None:
-    """Calls the solution's function and writes what it returned to descriptor 3."""
+def serve_calls(job: dict) -> None:
+    """Calls the solution's function, once for each byte on descriptor 3.
+
+    The arguments lie in descriptor 5, what is returned is left in 6, and a byte on 4 says so.
+    """
 
     def refuse(value: Any) -> int:
         raise TypeError(f"returned a value of type {type(value).__name__}, not plain data")
 
-    try:
-        names = load_solution(job)
-        name, holder = job["function"], names.get("Solution")
-        if isinstance(holder, type) and hasattr(holder, name):
-            function = getattr(holder(), name)
-        elif name in names:
-            function = names[name]
-        else:
-            raise NameError(f"the solution defines no {name}")
-        returned = function(*plain.decode(plain.loads(arguments), refuse))
-        reply = plain.dumps({"value": plain.encode(returned, refuse)})
-    except BaseException as error:
-        reply = plain.dumps({"error": describe(error)})
-    plain.write_all(3, reply)
-    os._exit(0)
+    names = None
+    while os.read(3, 1):
+        try:
+            arguments = plain.decode(plain.loads(plain.content(5)), refuse)
+            if names is None:
+                names = load_solution(job)
+            name, holder = job["function"], names.get("Solution")
+            if isinstance(holder, type) and hasattr(holder, name):
+                function = getattr(holder(), name)
+            elif name in names:
+                function = names[name]
+            else:
+                raise NameError(f"the solution defines no {name}")
+            plain.replace(6, plain.dumps({"value": plain.encode(function(*arguments), refuse)}))
+        except BaseException as error:
+            plain.replace(6, plain.dumps({"error": describe(error)}))
+        os.write(4, b"\0")
 
 
 def serve_solution(job: dict) -> None:

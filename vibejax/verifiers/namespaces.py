@@ -1,21 +1,16 @@
 """Enters a sandbox of Linux namespaces without bubblewrap; runs inside the interpreter it confines.
 
-Standard library only. The layout of what stays visible is that of `sandbox.layout`, the same as
-bubblewrap gets. Needs Linux 5.12 (mount_setattr) and the right to create the namespaces: root with
-CAP_SYS_ADMIN, or unprivileged user namespaces.
+Standard library only. The layout of what stays visible is that of `sandbox_layout.layout`, the
+same as bubblewrap gets. Needs Linux 5.12 (mount_setattr) and the right to create the namespaces:
+root with CAP_SYS_ADMIN, or unprivileged user namespaces.
 
 Source: Linux man-pages, user_namespaces(7), pivot_root(2), mount_setattr(2).
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import struct
-
-TYPE_CHECKING = False  # importing typing takes longer than running a test
-if TYPE_CHECKING:
-    from typing import Any
+from typing import Any
 
 NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWPID, NEWNET."""

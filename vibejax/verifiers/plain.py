@@ -4,14 +4,11 @@ Runs on both sides of the sandbox, so it needs nothing but the standard library.
 trusts nobody rebuilds exact builtin types, whatever the other side sent.
 """
 
-from __future__ import annotations
-
+import json
 import os
-
-TYPE_CHECKING = False  # importing typing takes longer than running a test
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any
 
 WORD = 8  # bytes of a number on a pipe, little-endian
 SAFE_INT = 2**63  # beyond, ints travel as hex: reading long decimals takes quadratic time
@@ -83,8 +80,6 @@ def decode(tree: Any, find: Callable[[int], Any]) -> Any:
 
 def dumps(tree: Any) -> bytes:
     """Returns a tree as JSON."""
-    import json  # here: importing it takes as long as several tests, and programs need none
-
     return json.dumps(tree, allow_nan=False).encode()
 
 
@@ -94,8 +89,6 @@ def loads(data: bytes) -> Any:
     Raises:
         ValueError, RecursionError: not JSON, or nested too deeply.
     """
-    import json
-
     return json.loads(data)
 
 
@@ -134,6 +127,20 @@ def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def content(fd: int, last: int = sys.maxsize) -> bytes:
+    """Returns a file's content, or at most so many of its last bytes."""
+    size = os.fstat(fd).st_size
+    return os.pread(fd, min(last, size), max(0, size - last))
+
+
+def replace(fd: int, data: bytes) -> None:
+    """Makes data the content of a file, with the next write at its start."""
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    write_all(fd, data)
+    os.lseek(fd, 0, os.SEEK_SET)
 
 
 def send(fd: int, tree: Any) -> None:

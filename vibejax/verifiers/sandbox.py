@@ -1,11 +1,11 @@
 """Runs model-written Python where it can do no harm: bubblewrap, bare namespaces, or not at all.
 
-A sandbox is one bare interpreter for one problem, in fresh process, network, mount, IPC and UTS
-namespaces. It sees the system's libraries, the interpreter and its standard library (no installed
-packages) read-only, an empty /tmp of its own, four harmless devices, and nothing else: no
-/etc/passwd, no /proc, no network, no environment, no descriptor but the two pipes of the control
-protocol, which a solution never holds. Inside, `harness` confines each test further, by limits and
-the system-call filter of `seccomp`. When the sandbox's first process dies, the kernel kills all.
+A sandbox is a bare interpreter in process, network, mount, IPC and UTS namespaces of its own. It
+serves one problem after another, each in a process that knows nothing of the others, as long as
+they leave no trace; see `harness` for how. What it sees is in `sandbox_layout`: the interpreter and
+its libraries, an empty /tmp of its own, and no network, no environment, no descriptor but the two
+pipes of the control protocol, which a solution never holds. Each test is confined further, by
+limits and the system-call filter of `seccomp`. When the first process dies, the kernel kills all.
 
 Without root, a user namespace gives the right to do this. Root needs none; there the harness turns
 into a user id that nobody has, because the kernel exempts root from the limit on processes.
@@ -14,6 +14,9 @@ Needs Linux 5.14 (limits counted per user namespace) on x86_64 or aarch64. What 
 is found out by running a program that tries to get out.
 """
 
+import atexit
+import collections
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -25,25 +28,22 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vibejax.verifiers import harness, plain, seccomp
+from vibejax.verifiers import harness, plain, sandbox_layout, seccomp
 
 BUBBLEWRAP, NAMESPACES, NOTHING = "bubblewrap", "namespaces", "none"
 GRACE_S = 10.0  # beyond a test's own limit, before the sandbox itself counts as broken
 CLOSE_S = 2.0  # for the harness to leave by itself
-TMP_BYTES = 64 * 2**20
+MOST_IDLE = 2  # sandboxes kept for the next problem; more only where threads verify side by side
 THREADS = 64  # RLIMIT_NPROC; the filter allows no second process
 OPEN_FILES = 64
 STACK_BYTES = 112 * 2**20  # the kernel keeps 128 MiB of address space free for it
 UNUSED_UIDS = (2_000_000_000, 2**27), (61_184, 4_336)  # first, count: assigned to no user anywhere
-NOBODY = 65_534
-_sandboxes = itertools.count()
 
 INTERPRETER_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")  # -I -S, but for a fixed hash seed
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # one program, one output; gone before a solution runs
@@ -58,12 +58,12 @@ def read(count):
         if not parts[-1]: posix._exit(0)
         count -= len(parts[-1])
     return b"".join(parts)
-modules, layout, job = marshal.loads(read(int.from_bytes(read(8), "little")))
+modules, layout, uid = marshal.loads(read(int.from_bytes(read(8), "little")))
 for name, code in modules:
     module = sys.modules[name] = type(sys)(name)
     if code: exec(code, module.__dict__)
 if layout: sys.modules["vibejax.verifiers.namespaces"].enter(layout)
-sys.modules["vibejax.verifiers.harness"].main(job)
+sys.modules["vibejax.verifiers.harness"].main(uid)
 """
 PROBE = """
 import os, socket
@@ -115,30 +115,27 @@ class Ended(NamedTuple):
 
 
 class Sandbox:
-    """One running sandbox; a context manager that leaves no process behind."""
+    """One running sandbox; see `problem` for how it is used.
 
-    def __init__(self, backend: Backend, job: Mapping[str, Any]):
+    Attributes:
+        pid: process id of what runs it.
+    """
+
+    def __init__(self, backend: Backend):
         """Starts the sandbox.
 
         Args:
             backend: see `find_backend`.
-            job: `kind`, `source`, `setup`, `function` or `names`, `preload` and `output_bytes` of
-                `harness.main`, and `memory_bytes`, the address space of a test's process.
 
         Raises:
             SandboxBrokenError: it did not start.
         """
-        self._most_bytes = max(job["output_bytes"], harness.ERROR_TAIL_BYTES)
-        job = {
-            **job,
-            "limits": _limits(job["memory_bytes"], job["output_bytes"]),
-            "filter": seccomp.build(platform.machine()),
-            "uid": None if backend.user_namespace or backend.name == NOTHING else _unused_uid(),
-        }
-        layout = _layout()
+        self._most_bytes = 0
+        uid = None if backend.user_namespace or backend.name == NOTHING else _unused_uid()
+        layout = sandbox_layout.layout()
         command = [layout["python"], *INTERPRETER_FLAGS, "-c", BOOTSTRAP]
         if backend.name == BUBBLEWRAP:
-            command = [*_bubblewrap(layout, backend.user_namespace), "--", *command]
+            command = [*sandbox_layout.bubblewrap(layout, backend.user_namespace), "--", *command]
         enter = layout | {"user": backend.user_namespace} if backend.name == NAMESPACES else None
         self._process = subprocess.Popen(
             command,
@@ -150,24 +147,30 @@ class Sandbox:
             cwd="/",
             start_new_session=True,
         )
+        self.pid = self._process.pid
         try:
             for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
                 os.set_blocking(pipe.fileno(), False)
-            first = marshal.dumps((_modules(), enter, job))
-            deadline = time.monotonic() + GRACE_S
-            self._write(plain.words(len(first)) + first, deadline)
-            self._read_words(1, deadline)
+            self._start(marshal.dumps((_modules(), enter, uid)))
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> "Sandbox":
-        """Returns the sandbox."""
-        return self
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Starts a problem.
 
-    def __exit__(self, *_: object) -> None:
-        """Closes the sandbox."""
-        self.close()
+        Args:
+            job: `kind`, `source`, `setup`, `function` or `names`, `preload`, `output_bytes` and
+                `total_seconds` of `harness.supervise`, and `memory_bytes`, the address space of
+                a test's process.
+
+        Raises:
+            SandboxBrokenError: the harness did not report.
+        """
+        self._most_bytes = max(job["output_bytes"], harness.ERROR_TAIL_BYTES)
+        limits = _limits(job["memory_bytes"], job["output_bytes"])
+        machine = platform.machine()
+        self._start(marshal.dumps({**job, "limits": limits, "filter": seccomp.build(machine)}))
 
     def run(self, body: bytes, seconds: float) -> Ended:
         """Runs one test.
@@ -180,11 +183,21 @@ class Sandbox:
             SandboxBrokenError: the harness did not report.
         """
         deadline = time.monotonic() + seconds + GRACE_S
-        self._write(plain.words(round(seconds * 1_000), len(body)) + body, deadline)
+        self._write(plain.words(max(1, round(seconds * 1_000)), len(body)) + body, deadline)
         how, value, reply, errors = self._read_words(4, deadline)
         if reply + errors > 2 * self._most_bytes:
             raise SandboxBrokenError(f"the harness announces {reply} + {errors} bytes")
         return Ended(how, value, self._read(reply, deadline), self._read(errors, deadline))
+
+    def end(self) -> bool:
+        """Ends the problem; says whether the sandbox is as it was before.
+
+        Raises:
+            SandboxBrokenError: the harness did not report.
+        """
+        deadline = time.monotonic() + GRACE_S
+        self._write(plain.words(0, 0), deadline)
+        return self._read_words(1, deadline) == [1]
 
     def close(self) -> None:
         """Ends every process of the sandbox."""
@@ -196,6 +209,11 @@ class Sandbox:
             if not poll.poll(CLOSE_S * 1_000):
                 os.killpg(process.pid, signal.SIGKILL)
             os.close(pidfd)
+
+    def _start(self, message: bytes) -> None:
+        deadline = time.monotonic() + GRACE_S
+        self._write(plain.words(len(message)) + message, deadline)
+        self._read_words(1, deadline)
 
     def _write(self, data: bytes, deadline: float) -> None:
         view, fd = memoryview(data), self._process.stdin.fileno()
@@ -236,6 +254,50 @@ class Sandbox:
         return SandboxBrokenError(": ".join([f"the sandbox {what}", *errors.split("\n")[-2:-1]]))
 
 
+@contextlib.contextmanager
+def problem(backend: Backend, job: Mapping[str, Any]) -> Iterator[Sandbox]:
+    """Runs a problem in a sandbox: one that is idle and as new, or a new one.
+
+    Args:
+        backend: see `find_backend`.
+        job: see `Sandbox.begin`.
+
+    Raises:
+        SandboxBrokenError: no sandbox started.
+    """
+    while True:
+        try:
+            box, is_new = _idle[os.getpid(), backend].pop(), False
+        except IndexError:
+            box, is_new = Sandbox(backend), True
+        try:
+            box.begin(job)
+            break
+        except BaseException as error:
+            box.close()
+            if is_new or not isinstance(error, SandboxBrokenError):
+                raise  # an idle one may have died with the thread that started it
+    try:
+        yield box
+        as_new = box.end()
+    except BaseException:
+        box.close()
+        raise
+    idle = _idle[os.getpid(), backend]
+    if as_new and backend.name != NOTHING and len(idle) < MOST_IDLE:
+        idle.append(box)
+    else:
+        box.close()
+
+
+@atexit.register
+def close_idle() -> None:
+    """Ends the sandboxes of this process that wait for a problem."""
+    for (owner, _), boxes in _idle.items():
+        while owner == os.getpid() and boxes:
+            boxes.pop().close()
+
+
 def find_backend(wanted: str = "auto", *, allow_unsandboxed: bool = False) -> Backend:
     """Returns the first way of confining that holds a program which tries to get out.
 
@@ -272,12 +334,12 @@ def _probe(name: str) -> Backend:
     if name == BUBBLEWRAP and shutil.which("bwrap") is None:
         raise SandboxUnavailableError("not installed")
     job = {"kind": "program", "source": PROBE, "setup": "", "preload": []}
-    job |= {"memory_bytes": 2**29, "output_bytes": 2**16}
+    job |= {"memory_bytes": 2**29, "output_bytes": 2**16, "total_seconds": GRACE_S}
     why = []
     for user_namespace in (False, True) if os.getuid() == 0 else (True,):
         backend = Backend(name, user_namespace)
         try:
-            with Sandbox(backend, job) as sandbox:
+            with problem(backend, job) as sandbox:
                 ended = sandbox.run(b"", seconds=GRACE_S)
         except (SandboxBrokenError, OSError, ValueError) as error:
             why.append(str(error))
@@ -287,6 +349,13 @@ def _probe(name: str) -> Backend:
             return backend
         why.append(f"does not confine ({found[-200:]})")
     raise SandboxUnavailableError(", ".join(why))
+
+
+# Idle sandboxes by process and backend: a fork of this process must not use its parent's.
+_idle: dict[tuple[int, Backend], collections.deque[Sandbox]] = collections.defaultdict(
+    collections.deque
+)
+_started = itertools.count()
 
 
 def _limits(memory_bytes: int, output_bytes: int) -> dict[int, int]:
@@ -304,12 +373,12 @@ def _unused_uid() -> int:
     """Returns a user id that is nobody's, different for sandboxes that run at the same time."""
     lines = Path("/proc/self/uid_map").read_text().splitlines()
     ranges = [tuple(map(int, line.split())) for line in lines]
-    number = os.getpid() * 64 + next(_sandboxes) % 64
+    number = os.getpid() * 64 + next(_started) % 64
     for first, count in UNUSED_UIDS:
         uid = first + number % count
         if any(start <= uid < start + size for start, _, size in ranges):
             return uid
-    return NOBODY
+    return sandbox_layout.NOBODY
 
 
 @functools.cache
@@ -319,55 +388,3 @@ def _modules() -> list[tuple[str, types.CodeType | None]]:
     specs = [importlib.util.find_spec(name) for name in names]
     codes = [spec.loader.get_code(spec.name) for spec in specs]
     return [*((name, None) for name in PACKAGES), *zip(names, codes, strict=True)]
-
-
-@functools.cache
-def _layout() -> dict[str, Any]:
-    """Returns what a sandbox sees; see `namespaces.enter`."""
-    python = os.path.realpath(sys.executable)
-    system = [Path("/lib"), Path("/lib64"), Path("/usr/lib"), Path("/usr/lib64")]
-    links = {str(path): os.readlink(path) for path in system if path.is_symlink()}
-    folders = {path for path in system if path.is_dir() and not path.is_symlink()}
-    for prefix in (sys.base_prefix, sys.base_exec_prefix):
-        folders.add(Path(prefix).resolve() / "lib")
-    zones = Path("/usr/share/zoneinfo")
-    folders |= {zones.resolve()} if zones.is_dir() else set()
-    masks = {mask for folder in folders for mask in folder.glob("python3*/*-packages")}
-    cache = "/etc/ld.so.cache"
-    return {
-        "python": python,
-        "folders": sorted(map(str, folders)),
-        "files": [python, *([cache] if os.path.exists(cache) else [])],
-        "links": links,
-        "masks": sorted(str(mask) for mask in masks if not mask.is_symlink()),
-        "devices": ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"],
-        "tmp_bytes": TMP_BYTES,
-        "pivot_root": seccomp.number("pivot_root", platform.machine()),
-    }
-
-
-def _bubblewrap(layout: Mapping[str, Any], user_namespace: bool) -> list[str]:
-    """Returns the command that runs what follows it in the layout."""
-    command = [str(shutil.which("bwrap")), "--die-with-parent", "--as-pid-1", "--new-session"]
-    command += ["--chdir", "/tmp"]
-    command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--hostname", "sandbox", "--cap-drop", "ALL"]
-    if user_namespace:
-        command += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
-    else:  # what the harness needs to change its user; it loses both by that
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    command += ["--perms", "1777", "--size", str(layout["tmp_bytes"]), "--tmpfs", "/tmp"]
-    shown = (*layout["folders"], *layout["files"])
-    # Made by bubblewrap itself, the parents of a path that only root may enter would be like it.
-    paths = (*shown, *layout["devices"])
-    for parent in sorted({str(parent) for path in paths for parent in Path(path).parents}):
-        command += ["--perms", "0755", "--dir", parent]
-    for path in shown:
-        command += ["--ro-bind", path, path]
-    for path in layout["masks"]:
-        command += ["--perms", "0555", "--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    for path in layout["devices"]:
-        command += ["--dev-bind", path, path]
-    for path, target in layout["links"].items():
-        command += ["--symlink", target, path]
-    return [*command, "--remount-ro", "/"]

@@ -22,6 +22,7 @@ arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 """
 
 import errno
+import functools
 import struct
 
 # name: (x86_64, aarch64); None where the architecture lacks the call.
@@ -134,12 +135,16 @@ AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE = (56, 220)
 CLONE3 = (435, 435)
 PRLIMIT64 = (302, 261)
+FCNTL, IOCTL = (72, 25), (16, 29)
+SIGNAL_BY_FILE = {FCNTL: (8, 10, 15), IOCTL: (0x8901, 0x8902)}
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP: input on a file sends any signal to any
+process of the same user."""
 
 CLONE_THREAD = 0x00010000
 X32_BIT = 0x40000000  # x86_64 numbers above this are the x32 ABI
 
 # struct seccomp_data: int nr; u32 arch; u64 instruction_pointer; u64 args[6]. Little-endian.
-NUMBER, ARCH, FIRST_ARGUMENT = 0, 4, 16
+NUMBER, ARCH, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 KILL, ALLOW = 0x80000000, 0x7FFF0000
 
@@ -153,6 +158,7 @@ def _when(test: int, value: int, result: int) -> list[tuple[int, int, int, int]]
     return [(test, 0, 1, value), (RETURN, 0, 0, result)]
 
 
+@functools.cache
 def build(machine: str) -> bytes:
     """Assembles the filter for a machine.
 
@@ -182,6 +188,10 @@ def build(machine: str) -> bytes:
     program += [(JUMP_EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT)]
     program += [(JUMP_ANY_BIT, 0, 1, CLONE_THREAD), (RETURN, 0, 0, ALLOW)]
     program += [(RETURN, 0, 0, _fail(errno.EPERM))]
+    for numbers, commands in SIGNAL_BY_FILE.items():
+        tests = [x for value in commands for x in _when(JUMP_EQUAL, value, _fail(errno.EPERM))]
+        body = [(LOAD, 0, 0, SECOND_ARGUMENT), *tests, (RETURN, 0, 0, ALLOW)]
+        program += [(JUMP_EQUAL, 0, len(body), numbers[column]), *body]
     # A process may lower its own limits (pid 0), not another's.
     program += [(JUMP_EQUAL, 0, 3, PRLIMIT64[column]), (LOAD, 0, 0, FIRST_ARGUMENT)]
     program += _when(JUMP_AT_LEAST, 1, _fail(errno.EPERM))
