@@ -139,6 +139,14 @@ def test_masked_and_impossible_ids_are_never_drawn(how):
         np.testing.assert_allclose(logprob_B, want_B, rtol=1e-6, atol=1e-7)
 
 
+def test_rounding_does_not_reach_past_the_last_possible_id():
+    """Running sums round: that of a whole block may come out above or below the block's mass."""
+    logit_BV = np.random.default_rng(0).standard_normal((GRID, sampling.BLOCK), np.float32)
+    logit_BV[:, -1] = sampling.MASKED
+    id_B, _ = draw(logit_BV, np.full(GRID, BELOW_ONE), temperature=1.0)
+    assert np.all(np.asarray(id_B) < sampling.BLOCK - 1)
+
+
 @jax.jit
 def uniforms(seed, step, prompt_B, sample_B, position_B):
     return sampling.uniforms(sampling.sequence_keys(seed, step, prompt_B, sample_B), position_B)

@@ -1,5 +1,7 @@
 """Checkpoints of the training state: asynchronous, sharded and atomic, through Orbax."""
 
+import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int):
         """Opens (or creates) `folder`; only finished checkpoints are seen."""
         self._folder = folder
+        logging.getLogger("absl").addFilter(_is_not_raised_again)
         self._manager = ocp.CheckpointManager(
             folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
         )
@@ -31,6 +34,12 @@ class Checkpoints:
         """
         if step == self.latest_step():
             return
+        needed, free = state_bytes(state), shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise RunError(
+                f"{self._folder}: the checkpoint of step {step} needs {needed:,} bytes and "
+                f"{free:,} are free; the last good one stays"
+            )
         with _disk_errors(self._folder):
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
@@ -53,6 +62,16 @@ class Checkpoints:
         with _disk_errors(self._folder):
             self._manager.wait_until_finished()
         self._manager.close()
+
+
+def state_bytes(state: TrainState) -> int:
+    """The bytes of all arrays of `state`, over all hosts."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def _is_not_raised_again(record: logging.LogRecord) -> bool:
+    """Whether a log line is news: Orbax logs the traceback of a failed save, and raises it too."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _disk_errors:  # noqa: N801 - reads as a statement

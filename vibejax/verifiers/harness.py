@@ -117,8 +117,8 @@ def finish(pid: int, seconds: float) -> tuple[int, int]:
     fd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    # Nothing but the death of whoever started the sandbox. It is watched for everywhere: the death
-    # signal of a parent that has dropped its rights does not reach a child that has changed its user.
+    # Nothing but the death of whoever started the sandbox. It is watched for at every wait: a death
+    # signal does not pass from a parent that dropped its rights to a child that changed its user.
     poll.register(0, 0)
     ended = fd in {number for number, _ in poll.poll(seconds * 1_000)}
     os.close(fd)
