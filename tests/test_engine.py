@@ -95,3 +95,10 @@ def test_one_compilation_serves_all_waves(params):
     before = engine._wave._cache_size()
     run(params, PROMPTS[:5])  # the last wave is not full
     assert engine._wave._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "longest, columns", [(1, 8), (8, 8), (9, 16), (17, 32), (32, 32), (33, 64), (65, 96)]
+)
+def test_prompt_columns_hold_the_longest_prompt_in_few_shapes(longest, columns):
+    assert engine.prompt_columns(longest) == columns

@@ -21,7 +21,8 @@ import numpy as np
 from vibejax import qwen2, sampling
 from vibejax.qwen2 import ModelConfig, Params
 
-PROMPT_BUCKET = 32  # prompt columns are rounded up to it, so that few shapes are compiled
+PROMPT_BUCKET = 32  # longer prompts are rounded up to a multiple of it
+SHORTEST_PROMPT = 8  # shorter ones to a power of two from here on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,7 @@ def generate(
         (index of the request, index of the sample, completion), as they finish.
     """
     per_wave = max(1, min(slots // samples, len(requests)))
-    longest = max(len(r.tokens) for r in requests)
-    columns = math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET
+    columns = prompt_columns(max(len(r.tokens) for r in requests))
     for start in range(0, len(requests), per_wave):
         wave = requests[start : start + per_wave]
         token_NT = np.zeros((per_wave, columns), np.int32)
@@ -113,6 +113,13 @@ def generate(
             stop = "stop" if stopped_B[b] else "length"
             completion = Completion(token_BC[b, :length], logprob_BC[b, :length], stop)
             yield start + b // samples, b % samples, completion
+
+
+def prompt_columns(longest: int) -> int:
+    """Columns for prompts of at most `longest` tokens, so that few shapes are compiled."""
+    if longest > PROMPT_BUCKET:
+        return math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET
+    return max(SHORTEST_PROMPT, 2 ** math.ceil(math.log2(longest)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "samples", "how"))

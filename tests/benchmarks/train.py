@@ -49,7 +49,7 @@ def ours(case: str) -> None:
     rows = (
         TrainConfig(row_tokens=256, microbatch_rows=8)
         if case == "uniform"
-        else TrainConfig(row_tokens=512, microbatch_rows=4)
+        else TrainConfig(row_tokens=448, microbatch_rows=5)
     )
     config = RlConfig(
         policy="", prompts="", train=rows,
@@ -107,7 +107,7 @@ def peer(case: str) -> None:
     )
     model = transformers.Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    completion = max(lengths(case))
+    completion = int(max(lengths(case)))
     tokens = torch.zeros(len(lengths(case)), PROMPT_TOKENS + completion, dtype=torch.long)
     mask = torch.zeros(len(lengths(case)), completion)
     for i, (sequence, n) in enumerate(zip(sequences(case), lengths(case), strict=True)):
