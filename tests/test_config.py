@@ -6,6 +6,7 @@ import pytest
 
 from vibejax import config
 from vibejax.config import ConfigError, RlConfig, SftConfig, load
+from vibejax.verifiers.pool import Pool
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = Path(config.__file__).parent / "quickstart"
@@ -66,6 +67,16 @@ def test_resolved_configuration_reads_back(tmp_path):
     want = load(RlConfig, path, ['out=a "quoted" name', "optimizer.learning_rate=3e-7"])
     path.write_text(config.dump(want))
     assert load(RlConfig, path) == want
+
+
+def test_settings_of_verifiers_reach_the_pool(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(BASE + "[verifiers.code]\nallow_unsandboxed = true\n")
+    resolved = load(RlConfig, path, ["verifiers.workers=3"])
+    path.write_text(config.dump(resolved))
+    assert load(RlConfig, path) == resolved
+    with Pool(**resolved.verifiers.pool_arguments()) as pool:
+        assert pool.verify([({"verifier": "math", "ground_truth": 1}, "\\boxed{1}")])[0].correct
 
 
 def test_configurations_are_frozen(tmp_path):

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
+import tokenizers
 
 from vibejax import data, tokenizer
 from vibejax.data import DataError
@@ -77,6 +79,19 @@ def test_demonstration_ends_with_the_stop_token(tokens):
     assert prompt == 4
     assert tokens.decode(ids[:-1].tolist()) == "1+1=2"
     assert ids[-1] == tokens.eos_ids[0]
+
+
+def test_demonstration_has_one_token_of_opening(tokens):
+    """A checkpoint that puts a token before every text puts none between prompt and completion."""
+    bos = tokens.eos_ids[0]
+    backend = tokenizers.Tokenizer.from_str(tokens.backend.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="B $A", special_tokens=[("B", bos)]
+    )
+    opened = dataclasses.replace(tokens, backend=backend)
+    ids, prompt = data.learning_document({"prompt": "1+1=", "completion": "2"}, opened, "here")
+    assert prompt == 5
+    assert ids.tolist() == [bos, *tokens.encode("1+1=2"), tokens.eos_ids[0]]
 
 
 def test_shipped_task_is_what_the_command_generates():

@@ -157,13 +157,26 @@ class ObjectiveConfig(Section):
     )
 
 
-class VerifierConfig(Section):
+class CodeVerifierConfig(Section):
+    """How generated code is run."""
+
+    allow_unsandboxed: bool = _field(
+        False, "run code with limits alone where neither bubblewrap nor namespaces work"
+    )
+
+
+class VerifiersConfig(Section):
     """The worker processes that verify completions."""
 
     workers: Count = _field(2, "processes")
     limit_s: Positive = _field(10.0, "wall clock of one verification, in seconds")
     memory_mb: Count = _field(2_048, "address space of one process, in MiB")
     max_failure_rate: Share = _field(0.1, "share of verifications that may fail before a stop")
+    code: CodeVerifierConfig = CodeVerifierConfig()
+
+    def pool_arguments(self) -> dict[str, Any]:
+        """What `verifiers.pool.Pool` takes."""
+        return self.model_dump(exclude={"code"}) | {"settings": {"code": self.code.model_dump()}}
 
 
 class EvalConfig(Section):
@@ -206,7 +219,7 @@ class RlConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
-    verifier: VerifierConfig = VerifierConfig()
+    verifiers: VerifiersConfig = VerifiersConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -328,12 +341,15 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
 
 def dump(config: Section) -> str:
     """The configuration as TOML that `load` reads back to an equal one."""
-    table = config.model_dump()
-    lines = [f"{k} = {_literal(v)}" for k, v in table.items() if not isinstance(v, dict)]
+    return "\n".join(_toml(config.model_dump(), "")) + "\n"
+
+
+def _toml(table: dict[str, Any], path: str) -> Iterator[str]:
+    """The lines of a table, its own values before the tables inside it."""
+    yield from (f"{k} = {_literal(v)}" for k, v in table.items() if not isinstance(v, dict))
     for name, section in table.items():
         if isinstance(section, dict):
-            lines += ["", f"[{name}]", *(f"{k} = {_literal(v)}" for k, v in section.items())]
-    return "\n".join(lines) + "\n"
+            yield from ("", f"[{path}{name}]", *_toml(section, f"{path}{name}."))
 
 
 def differences(stored: Section, given: Section) -> list[str]:

@@ -188,5 +188,6 @@ def learning_document(record: Record, tokenizer: Tokenizer, where: str) -> tuple
         prompt, completion = tokenizer.encode(record["prompt"]), record["completion"]
     else:
         raise DataError(f"{where}: has neither 'messages' nor 'prompt' and 'completion'")
-    tokens = [*prompt, *tokenizer.encode(completion), tokenizer.eos_ids[0]]
+    ids = tokenizer.encode(completion, add_special_tokens=False)  # no BOS amid the document
+    tokens = [*prompt, *ids, tokenizer.eos_ids[0]]
     return np.asarray(tokens, np.int32), len(prompt)

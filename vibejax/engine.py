@@ -58,6 +58,11 @@ class Completion:
     logprobs: np.ndarray
     stop: Literal["stop", "length"]
 
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens that are text: all but the stop token."""
+        return self.tokens[: -1 if self.stop == "stop" else None].tolist()
+
 
 def sampler_params(params: Params, config: ModelConfig, dtype: Any) -> Params:
     """The copy of the parameters that `generate` decodes with."""

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     groups = _groups(params, model, requests, args, how)
     if args.prompt is not None:
         for completion in next(groups):
-            print(_text(completion, tokens))
+            print(tokens.decode(completion.text_ids))
         return
     with _sink(args.out) as out:
         for record, group in zip(records, groups, strict=True):
@@ -122,18 +122,13 @@ def _groups(params, model, requests, args, how: Sampling) -> Iterator[list[Compl
 def _rows(group: list[Completion], tokens: tokenizer.Tokenizer) -> list[dict[str, Any]]:
     return [
         {
-            "text": _text(c, tokens),
+            "text": tokens.decode(c.text_ids),
             "tokens": c.tokens.tolist(),
             "logprobs": c.logprobs.tolist(),
             "stop": c.stop,
         }
         for c in group
     ]
-
-
-def _text(completion: Completion, tokens: tokenizer.Tokenizer) -> str:
-    ids = completion.tokens[: -1 if completion.stop == "stop" else None]
-    return tokens.decode(ids.tolist())
 
 
 def _sink(path: Path | None) -> TextIO:

@@ -99,7 +99,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     prompts = _prompts(setup, config.prompts)
     heldout = _prompts(setup, config.heldout)[: config.eval.prompts] if config.heldout else []
     folder = run_folder.open_run(config, "rl")
-    with open_pool(**config.verifier.model_dump()) as pool, jax.set_mesh(setup.mesh):
+    with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(setup.mesh):
         reference = _load(setup) if config.objective.kl else None
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         state = train.init_state(_load(setup), setup.optimizer)
@@ -407,7 +407,7 @@ def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> No
         completion, verdict = rolled.completions[n][0], rolled.verdicts[n][0]
         row = {
             "prompt": setup.tokenizer.decode(rolled.prompts[n].tokens, skip_special_tokens=False),
-            "completion": rollout.text_of(completion, setup.tokenizer),
+            "completion": setup.tokenizer.decode(completion.text_ids),
             "ground_truth": rolled.prompts[n].record.get("ground_truth"),
             "stop": completion.stop,
             "tokens": len(completion.tokens),

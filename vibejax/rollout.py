@@ -83,16 +83,11 @@ def sample(
     )
     for n, g, completion in finished:
         completions[n][g] = completion
-        pool.submit((n, g), prompts[n].record, text_of(completion, tokenizer))
+        pool.submit((n, g), prompts[n].record, tokenizer.decode(completion.text_ids))
     verdicts: list[list[Verdict]] = [[None] * samples for _ in prompts]  # type: ignore
     for (n, g), verdict in pool.finished():
         verdicts[n][g] = verdict
     return Rollout(prompts, completions, verdicts)
-
-
-def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
-    """What the verifier reads: the completion without its stop token."""
-    return tokenizer.decode(completion.tokens[: -1 if completion.stop == "stop" else None].tolist())
 
 
 def advantages(rollout: Rollout, config: ObjectiveConfig) -> np.ndarray:

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from vibejax.verifiers import Outcome, Verdict
 from vibejax.verifiers.pool import Pool, VerifierFailure
+from vibejax.verifiers.worker import combine, names
 
 SHOWN_LINES = 20  # of each kind of trouble
 ADDED_FIELDS = [field.name for field in dataclasses.fields(Verdict)]
@@ -48,18 +49,24 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="VERIFIER.KEY=VALUE",
         help="a setting of a verifier, as code.allow_unsandboxed=true",
     )
+    parser.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help="a local checkpoint that scores `rubric`, in place of the endpoint",
+    )
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     try:
+        settings = _settings(options.set)
         pool = Pool(
             workers=options.workers,
             limit_s=options.limit_s,
             memory_mb=options.memory_mb,
             max_failure_rate=1.0,  # failures are what the reader looks for
-            settings=_settings(options.set),
+            settings=settings,
         )
         with pool:
-            return _run(options.file, options.out, pool, console)
+            return _run(options.file, options.out, pool, console, _judge(options.judge, settings))
     except (OSError, ValueError, VerifierFailure) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 2
@@ -68,7 +75,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(source: Path, target: Path, pool: Pool, console: Console) -> int:
+Judged = Callable[[Sequence[tuple[dict[str, Any], str]]], list[Verdict]]
+
+
+def _judge(model: str | None, settings: dict[str, dict[str, Any]]) -> Judged | None:
+    """Scores (record, completion) pairs with a local checkpoint, where one is named."""
+    if model is None:
+        return None
+    from vibejax import judge  # brings JAX, which nothing else here needs
+
+    return lambda items: judge.judge(model, items, settings.get("rubric", {}))
+
+
+def _run(source: Path, target: Path, pool: Pool, console: Console, judge: Judged | None) -> int:
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"--out = {target} is the input itself")
     if not target.absolute().parent.is_dir():
@@ -77,6 +96,7 @@ def _run(source: Path, target: Path, pool: Pool, console: Console) -> int:
     rejected: dict[int, str] = {}
     accepted: list[tuple[int, dict[str, Any]]] = []
     verdicts: dict[int, Verdict] = {}
+    to_judge: list[tuple[int, dict[str, Any], str]] = []
     columns = (TextColumn("verified"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=lines)
@@ -85,11 +105,13 @@ def _run(source: Path, target: Path, pool: Pool, console: Console) -> int:
                 continue
             try:
                 record = _record(line)
-                pool.submit(
-                    number,
-                    {k: v for k, v in record.items() if k not in ("completion", *ADDED_FIELDS)},
-                    record["completion"],
-                )
+                bare = {k: v for k, v in record.items() if k not in ("completion", *ADDED_FIELDS)}
+                others = names(bare)
+                if judge is not None and "rubric" in others:
+                    others.remove("rubric")
+                    to_judge.append((number, bare, record["completion"]))
+                if others:
+                    pool.submit(number, {**bare, "verifier": others}, record["completion"])
             except ValueError as error:
                 rejected[number] = str(error)
             else:
@@ -99,6 +121,11 @@ def _run(source: Path, target: Path, pool: Pool, console: Console) -> int:
         for number, verdict in pool.finished():
             verdicts[number] = verdict
             progress.update(task, completed=len(verdicts) + len(rejected))
+    if judge is not None and to_judge:
+        scored = judge([(bare, completion) for _, bare, completion in to_judge])
+        for (number, _, _), verdict in zip(to_judge, scored, strict=True):
+            others = {"others": verdicts[number]} if number in verdicts else {}
+            verdicts[number] = combine({**others, "rubric": verdict})
     _write(target, ({**r, **dataclasses.asdict(verdicts[n])} for n, r in accepted))
     _report(console, source, accepted, verdicts, rejected)
     return 1 if rejected else 0

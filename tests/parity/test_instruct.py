@@ -3,11 +3,9 @@
 lm-eval's files are loaded by path: importing `lm_eval.tasks` would import its whole harness. They
 split sentences with NLTK's English Punkt model, which lm-eval downloads; here it comes out of the
 wheel of llama-index-core, which ships NLTK's files unchanged. Both wheels' own dependencies are
-not needed:
+not needed; beside the extra `parity`:
 
-    pip install immutabledict langdetect 'nltk>=3.9.1' six
     pip install --no-deps lm-eval==0.4.13 llama-index-core==0.14.25
-    pytest tests/benchmarks/test_instruct_parity.py
 
 `DIFFERENCES` lists where we decide otherwise, and why. Each is shown by an example, and a
 generated case on which the two disagree must fall under one of them.

@@ -1,0 +1,65 @@
+"""A local checkpoint as judge: real sampling, and its answers combined as any judge's are."""
+
+import json
+
+import pytest
+import tiny
+
+from vibejax import judge as judge_module
+from vibejax.verifiers import Outcome
+from vibejax.verifiers.__main__ import main
+
+SCORES = {"helpfulness": 8, "coherence": 6, "adherence": 10, "redundancy": 0}
+ANSWER = json.dumps({"reason": "good", **SCORES})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    tiny.write_policy(folder, context=4096)
+    return str(folder)
+
+
+def item(prompt="1+1=", completion="2"):
+    return {"prompt": prompt, "verifier": "rubric"}, completion
+
+
+def test_a_judge_that_answers_garbage_leaves_every_completion_unscored(model):
+    verdicts = judge_module.judge(model, [item(), item(completion="3")], {"max_tokens": 8})
+    assert [v.outcome for v in verdicts] == [Outcome.UNSCORED] * 2
+    assert all(v.detail.startswith("judge: ") for v in verdicts)
+
+
+def test_answers_reach_their_own_item(model, monkeypatch):
+    def answers(path, config, tokens, requests, max_tokens):
+        yield from ((r.prompt, ANSWER) for r in reversed(requests) if r.prompt != 1)
+        yield 1, "no JSON"
+
+    monkeypatch.setattr(judge_module, "_answers", answers)
+    items = [item(), item(), item(completion="<think>only</think>"), item(completion="1" * 9999)]
+    scored, garbage, empty, long = judge_module.judge(model, items, {})
+    assert scored.reward == pytest.approx(0.4 * 0.8 + 0.2 * 0.6 + 0.3 * 1.0 + 0.1 * 1.0)
+    assert garbage.outcome is Outcome.UNSCORED
+    assert empty.outcome is Outcome.NO_ANSWER
+    assert long.outcome is Outcome.UNSCORED and "pass its 4096" in long.detail
+    (bad,) = judge_module.judge(model, [({"verifier": "rubric"}, "2")], {})
+    assert bad.outcome is Outcome.UNSCORED and "prompt" in bad.detail
+
+
+def test_command_combines_the_judge_with_other_verifiers(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(judge_module, "judge", lambda model, items, settings: [
+        judge_module.rubric.verify(r, c, judge=lambda _: ANSWER, **settings) for r, c in items
+    ])  # fmt: skip
+    record = {"prompt": "1+1=", "ground_truth": 2, "verifier": ["math", "rubric"]}
+    records = [
+        {**record, "completion": r"\boxed{2}"},
+        {**record, "completion": r"\boxed{3}"},
+        {**record, "verifier": "rubric", "completion": "2"},
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert main([str(source), "--out", str(out), "--judge", model]) == 0
+    right, wrong, alone = [json.loads(line) for line in out.read_text().splitlines()]
+    assert right["outcome"] == "correct" and right["reward"] == pytest.approx(0.84)
+    assert wrong["outcome"] == "wrong" and wrong["reward"] == 0.0
+    assert alone["outcome"] == "correct" and alone["verifier"] == "rubric"

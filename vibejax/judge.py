@@ -1,0 +1,81 @@
+"""A local checkpoint as the judge of rubric scores, through the project's own sampler.
+
+`python -m vibejax.verifiers F.jsonl --out F --judge MODEL` uses it in place of an endpoint. The
+checkpoint is loaded once and all judgements are sampled greedily in batches; what is asked, how
+an answer is read and how scores are combined is `verifiers.rubric`'s in either case.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from vibejax import engine, qwen2, tokenizer, weights
+from vibejax.engine import Request, Sampling
+from vibejax.verifiers import Verdict, rubric
+
+SLOTS = 16  # judgements sampled at one time
+MAX_TOKENS = 512  # of a judgement, unless the settings of `rubric` say otherwise
+
+
+def judge(
+    model: str, items: Sequence[tuple[Mapping[str, Any], str]], settings: Mapping[str, Any]
+) -> list[Verdict]:
+    """Scores completions with a checkpoint.
+
+    Args:
+        model: HF folder, GGUF file or run folder of the judge.
+        items: (record, completion) pairs, as `rubric.verify` takes them.
+        settings: keyword arguments of `rubric.verify`.
+
+    Returns:
+        A verdict each, `unscored` where the judge's answer breaks the schema, where the text to
+        be judged does not fit its context, or where there is no request to judge by.
+
+    Raises:
+        InputError: the checkpoint cannot be used.
+        ValueError: a setting is out of range.
+    """
+    path = weights.locate(model)
+    config, tokens = weights.load_config(path), tokenizer.load(path)
+    max_tokens = settings.get("max_tokens", MAX_TOKENS)
+    max_chars = {k: settings[k] for k in ("max_chars",) if k in settings}
+    requests, troubles = [], {}
+    for n, (record, completion) in enumerate(items):
+        try:
+            messages = rubric.judge_messages(record, completion, **max_chars)
+        except ValueError as error:
+            troubles[n] = str(error)
+            continue
+        if messages is None:
+            continue
+        # What is judged is a stranger's text: it must not open a turn of its own.
+        ids = tokens.encode_chat(messages, control_in_content=False)
+        if len(ids) + max_tokens <= config.context:
+            requests.append(Request(n, tuple(ids)))
+        else:
+            troubles[n] = f"{len(ids)} tokens and {max_tokens} of answer pass its {config.context}"
+    answers = dict(_answers(path, config, tokens, requests, max_tokens)) if requests else {}
+
+    return [
+        rubric.unscored(troubles[n])
+        if n in troubles
+        else rubric.verify(record, completion, judge=lambda _, n=n: answers[n], **settings)
+        for n, (record, completion) in enumerate(items)
+    ]
+
+
+def _answers(path, config, tokens, requests, max_tokens):
+    """(index of the item, text of the judgement), shortest prompts first: waves are then even."""
+    dtype = jnp.dtype(qwen2.default_dtype())
+    params = engine.sampler_params(weights.load_params(path, config, None, dtype), config, dtype)
+    how = Sampling(
+        temperature=0.0, top_p=1.0, top_k=0, max_tokens=max_tokens, eos_ids=tokens.eos_ids
+    )
+    requests = sorted(requests, key=lambda request: len(request.tokens))
+    for start in range(0, len(requests), SLOTS):
+        wave = requests[start : start + SLOTS]
+        for n, _, completion in engine.generate(
+            params, config, wave, samples=1, how=how, slots=SLOTS, seed=0, step=0
+        ):
+            yield wave[n].prompt, tokens.decode(completion.text_ids)
