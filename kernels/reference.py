@@ -31,13 +31,13 @@ def attention(
     B, T, H, D = q_BTHD.shape
     K = k_BSKD.shape[2]
     q_BTKGD = q_BTHD.reshape(B, T, K, H // K, D) * jnp.asarray(D**-0.5, q_BTHD.dtype)
-    score_BKGTS = _einsum("BTKGD,BSKD->BKGTS", q_BTKGD, k_BSKD)
+    score_BKGTS = product("BTKGD,BSKD->BKGTS", q_BTKGD, k_BSKD)
     visible_BTS = (q_segment_BT[:, :, None] == kv_segment_BS[:, None, :]) & (
         q_position_BT[:, :, None] >= kv_position_BS[:, None, :]
     )
     score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED)
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKD.dtype)
-    out_BTKGD = _einsum("BKGTS,BSKD->BTKGD", weight_BKGTS, v_BSKD).astype(q_BTHD.dtype)
+    out_BTKGD = product("BKGTS,BSKD->BTKGD", weight_BKGTS, v_BSKD).astype(q_BTHD.dtype)
     out_BTKGD = jnp.where((q_segment_BT != 0)[:, :, None, None, None], out_BTKGD, 0)
     return out_BTKGD.reshape(B, T, H, D)
 
@@ -59,13 +59,13 @@ def decode_attention(
     B, H, D = q_BHD.shape
     K = v_BKSD.shape[1]
     q_BKGD = q_BHD.reshape(B, K, H // K, D) * jnp.asarray(D**-0.5, q_BHD.dtype)
-    score_BKGS = _einsum("BKGD,BKDS->BKGS", q_BKGD, k_BKDS)
+    score_BKGS = product("BKGD,BKDS->BKGS", q_BKGD, k_BKDS)
     score_BKGS = jnp.where(visible_BS[:, None, None], score_BKGS, MASKED)
     weight_BKGS = jax.nn.softmax(score_BKGS, axis=-1).astype(v_BKSD.dtype)
-    return _einsum("BKGS,BKSD->BKGD", weight_BKGS, v_BKSD).astype(q_BHD.dtype).reshape(B, H, D)
+    return product("BKGS,BKSD->BKGD", weight_BKGS, v_BKSD).astype(q_BHD.dtype).reshape(B, H, D)
 
 
-def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """An einsum accumulated in float32.
 
     HIGHEST changes nothing for bfloat16 operands; a float32 one, which the backward pass has in

@@ -3,14 +3,22 @@
 Shape suffixes: as in vibejax/kernels/reference.py.
 
 The mask is data: segment ids say which tokens belong together, positions say which come first.
-Nothing depends on where in the row a token lies, so a row may be cut over the `context` axis in
-any balanced order, with keys and values gathered and queries staying where they are.
+Over the `context` axis queries stay where they are, and keys and values are gathered.
+
+Implementations: `reference` holds all scores of a row, [T, T] a head; `xla` goes over them in
+blocks and skips those that hold no allowed pair, with memory linear in T. `auto` takes the
+reference for rows of at most `REFERENCE_TOKENS` tokens and `xla` for longer ones.
 """
+
+from typing import Literal
 
 import jax
 
-from vibejax.kernels import reference
-from vibejax.sharding import constrain
+from vibejax.kernels import flash_attention_xla, reference
+from vibejax.sharding import constrain, spec
+
+Implementation = Literal["auto", "reference", "xla"]
+REFERENCE_TOKENS = 2_048  # scores of 16 heads in float32: 256 MiB a row
 
 
 def attention(
@@ -19,6 +27,7 @@ def attention(
     v_BTKD: jax.Array,
     position_BT: jax.Array,
     segment_BT: jax.Array,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Causal grouped-query attention of packed rows to themselves.
 
@@ -28,6 +37,7 @@ def attention(
         v_BTKD: [B, T, K, D] values.
         position_BT: [B, T] int32 position of each token in its document.
         segment_BT: [B, T] int32 document of each token; 0 is padding.
+        implementation: see the module; `xla` needs each document to be one run, in order.
 
     Returns:
         [B, T, H, D] of q's dtype, zeros at padding.
@@ -40,8 +50,26 @@ def attention(
     v_BSKD = constrain(v_BTKD, "batch", None, "kv_heads", None)
     kv_position_BS = constrain(position_BT, "batch", None)
     kv_segment_BS = constrain(segment_BT, "batch", None)
-    return reference.attention(
-        q_BTHD, k_BSKD, v_BSKD, position_BT, segment_BT, kv_position_BS, kv_segment_BS
+    arrays = (q_BTHD, k_BSKD, v_BSKD, position_BT, segment_BT, kv_position_BS, kv_segment_BS)
+    if implementation == "auto":
+        implementation = "reference" if q_BTHD.shape[1] <= REFERENCE_TOKENS else "xla"
+    if implementation == "reference":
+        return reference.attention(*arrays)
+    return _per_device(flash_attention_xla.attention)(*arrays)
+
+
+def _per_device(attend):
+    """`attend` on each device's rows, queries and heads; keys and values of the whole row."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend
+    queries = spec("batch", "length", "heads", None)
+    keys = spec("batch", None, "kv_heads", None)
+    query_ids, key_ids = spec("batch", "length"), spec("batch", None)
+    return jax.shard_map(
+        attend,
+        in_specs=(queries, keys, keys, query_ids, query_ids, key_ids, key_ids),
+        out_specs=queries,
+        check_vma=False,
     )
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from vibejax.attention import attention, decode_attention
+from vibejax.attention import Implementation, attention, decode_attention
 from vibejax.rope import Rope, inverse_frequencies
 from vibejax.sharding import constrain, sharding
 
@@ -213,6 +213,7 @@ def hidden_states(
     *,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """Normed outputs of the last layer; `losses.logprobs` turns them into log-probabilities.
 
@@ -226,11 +227,13 @@ def hidden_states(
         remat: what the backward pass keeps of a layer: `none` recomputes nothing, `attention`
             keeps the attention output, `offload` the layer inputs in host memory, `full` the
             layer inputs on the device.
+        implementation: of attention; see `vibejax.attention`.
 
     Returns:
         [B, T, E] of `dtype`.
     """
-    x_BTE, _ = _layers(params, token_BT, position_BT, segment_BT, config, dtype, remat, False)
+    rows = (token_BT, position_BT, segment_BT)
+    x_BTE, _ = _layers(params, *rows, config, dtype, remat, implementation, keep_kv=False)
     return x_BTE
 
 
@@ -249,17 +252,20 @@ def prefill(
         [B, T, E] of `dtype`; keys [B, K, D, T] and values [B, K, T, D] of `dtype`: a list over
         the layers where `params` are as `unstack` returns them, else stacked.
     """
-    return _layers(params, token_BT, position_BT, segment_BT, config, dtype, "none", True)
+    rows = (token_BT, position_BT, segment_BT)
+    return _layers(params, *rows, config, dtype, "none", "auto", keep_kv=True)
 
 
-def _layers(params, token_BT, position_BT, segment_BT, config, dtype, remat, keep_kv):
+def _layers(
+    params, token_BT, position_BT, segment_BT, config, dtype, remat, implementation, *, keep_kv
+):
     x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
     cos_BTD, sin_BTD = _rope(position_BT, config)
 
     def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, Any]:
         x_BTE = checkpoint_name(x_BTE, "layer_input")
         q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config)
-        a_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT)
+        a_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation)
         a_BTHD = checkpoint_name(a_BTHD, "attention_output")
         x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
         x_BTE = constrain(_mlp(x_BTE, p, config), "batch", "length", None)

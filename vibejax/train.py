@@ -153,6 +153,7 @@ def row_logprobs(
         model,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        implementation=config.attention,
     )
     head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
     return token_logprobs(
