@@ -7,7 +7,6 @@ import tiny
 
 from vibejax import judge as judge_module
 from vibejax.verifiers import Outcome
-from vibejax.verifiers.__main__ import main
 
 SCORES = {"helpfulness": 8, "coherence": 6, "adherence": 10, "redundancy": 0}
 ANSWER = json.dumps({"reason": "good", **SCORES})
@@ -47,9 +46,10 @@ def test_answers_reach_their_own_item(model, monkeypatch):
 
 
 def test_command_combines_the_judge_with_other_verifiers(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(judge_module, "judge", lambda model, items, settings: [
-        judge_module.rubric.verify(r, c, judge=lambda _: ANSWER, **settings) for r, c in items
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        judge_module, "_answers", lambda path, config, tokens, requests, max_tokens:
+        ((r.prompt, ANSWER) for r in requests),
+    )  # fmt: skip
     record = {"prompt": "1+1=", "ground_truth": 2, "verifier": ["math", "rubric"]}
     records = [
         {**record, "completion": r"\boxed{2}"},
@@ -58,8 +58,24 @@ def test_command_combines_the_judge_with_other_verifiers(model, monkeypatch, tmp
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert main([str(source), "--out", str(out), "--judge", model]) == 0
+    monkeypatch.setattr("sys.argv", ["judge", model, str(source), "--out", str(out)])
+    assert judge_module.main() == 0
     right, wrong, alone = [json.loads(line) for line in out.read_text().splitlines()]
     assert right["outcome"] == "correct" and right["reward"] == pytest.approx(0.84)
     assert wrong["outcome"] == "wrong" and wrong["reward"] == 0.0
     assert alone["outcome"] == "correct" and alone["verifier"] == "rubric"
+
+
+@pytest.mark.parametrize("argument, status", [("--help", 0), ("--out", 2)])
+def test_help_and_a_missing_model(monkeypatch, capsys, argument, status):
+    monkeypatch.setattr("sys.argv", ["judge", argument])
+    assert judge_module.main() == status
+    assert "python -m vibejax.judge MODEL" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["judge", "nowhere", "in.jsonl", "--out", "out.jsonl"])
+    with pytest.raises(SystemExit) as ended:
+        judge_module.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines() == ["error: nowhere: no such file or folder"]

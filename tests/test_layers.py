@@ -23,7 +23,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"engine"},
     {"rollout", "scoring", "report"},
     # The stages: each a command, none built on another.
-    {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score"},
+    {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"},
     {"pipeline"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,21 +1,37 @@
-"""A local checkpoint as the judge of rubric scores, through the project's own sampler.
+"""A local checkpoint as judge: `python -m vibejax.judge MODEL FILE.jsonl --out F`.
 
-`python -m vibejax.verifiers F.jsonl --out F --judge MODEL` uses it in place of an endpoint. The
-checkpoint is loaded once and all judgements are sampled greedily in batches; what is asked, how
-an answer is read and how scores are combined is `verifiers.rubric`'s in either case.
+The same as `python -m vibejax.verifiers FILE.jsonl --out F`, with MODEL (an HF folder, a GGUF file
+or a run folder) scoring what asks for `rubric` in place of an endpoint. It is loaded once and all
+judgements are sampled greedily in batches; what is asked, how an answer is read and how scores
+are combined is `verifiers.rubric`'s in either case.
 """
 
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from vibejax import engine, qwen2, tokenizer, weights
+from vibejax.config import errors_in_one_line
 from vibejax.engine import Request, Sampling
 from vibejax.verifiers import Verdict, rubric
+from vibejax.verifiers import __main__ as verifiers_command
 
 SLOTS = 16  # judgements sampled at one time
 MAX_TOKENS = 512  # of a judgement, unless the settings of `rubric` say otherwise
+
+
+def main() -> int:
+    """Runs the command line; returns its exit status."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+    model = sys.argv[1]
+    with errors_in_one_line():
+        weights.locate(model)  # before anything is verified
+        return verifiers_command.main(sys.argv[2:], functools.partial(judge, model))
 
 
 def judge(
@@ -79,3 +95,7 @@ def _answers(path, config, tokens, requests, max_tokens):
             params, config, wave, samples=1, how=how, slots=SLOTS, seed=0, step=0
         ):
             yield wave[n].prompt, tokens.decode(completion.text_ids)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -31,8 +32,21 @@ SHOWN_LINES = 20  # of each kind of trouble
 ADDED_FIELDS = [field.name for field in dataclasses.fields(Verdict)]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
+Judge = Callable[[Sequence[tuple[dict[str, Any], str]], dict[str, Any]], list[Verdict]]
+"""Scores (record, completion) pairs by the settings of `rubric`."""
+
+
+def main(arguments: list[str] | None = None, judge: Judge | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: None takes the process's.
+        judge: scores what asks for `rubric`, in this process and after all else; None leaves it
+            to the workers and their endpoint.
+
+    Returns:
+        The exit status.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m vibejax.verifiers",
         description="Verifies the completions of a JSON Lines file.",
@@ -49,11 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="VERIFIER.KEY=VALUE",
         help="a setting of a verifier, as code.allow_unsandboxed=true",
     )
-    parser.add_argument(
-        "--judge",
-        metavar="MODEL",
-        help="a local checkpoint that scores `rubric`, in place of the endpoint",
-    )
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     try:
@@ -66,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             settings=settings,
         )
         with pool:
-            return _run(options.file, options.out, pool, console, _judge(options.judge, settings))
+            scoring = judge and functools.partial(judge, settings=settings.get("rubric", {}))
+            return _run(options.file, options.out, pool, console, scoring)
     except (OSError, ValueError, VerifierFailure) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 2
@@ -75,19 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-Judged = Callable[[Sequence[tuple[dict[str, Any], str]]], list[Verdict]]
-
-
-def _judge(model: str | None, settings: dict[str, dict[str, Any]]) -> Judged | None:
-    """Scores (record, completion) pairs with a local checkpoint, where one is named."""
-    if model is None:
-        return None
-    from vibejax import judge  # brings JAX, which nothing else here needs
-
-    return lambda items: judge.judge(model, items, settings.get("rubric", {}))
-
-
-def _run(source: Path, target: Path, pool: Pool, console: Console, judge: Judged | None) -> int:
+def _run(
+    source: Path,
+    target: Path,
+    pool: Pool,
+    console: Console,
+    judge: Callable[..., list[Verdict]] | None,
+) -> int:
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"--out = {target} is the input itself")
     if not target.absolute().parent.is_dir():
