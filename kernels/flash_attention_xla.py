@@ -3,9 +3,8 @@
 For chips that no kernel has tiles for, to hold against a suspected kernel, and for long rows on a
 CPU, where the reference would hold [T, T] scores. The contract is `reference.attention`'s.
 
-Each document is one run of tokens in the row that keys and values come from, and the mask is
-causal, so the key tiles that a query tile needs are one contiguous range; no other tile is read,
-in the forward or in the backward pass. The ranges are computed on the device from the ids.
+The key tiles that a query tile needs are one contiguous range (see `spans`); no other tile is
+read, in the forward or in the backward pass.
 
 Shape suffixes: B rows, T query tokens, S key tokens, H query heads, K key/value heads, G = H / K,
 D head dimension, N query tiles, t tokens of a query tile, s tokens of a key tile.
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vibejax.kernels.reference import MASKED, product
+from vibejax.kernels.spans import spans, tile_ranges
 
 TILE = 512
 
@@ -54,26 +54,6 @@ def attention(
     arrays = (q_BTHD, k_BSKD, v_BSKD)
     ids = (q_position_BT, q_segment_BT, kv_position_BS, kv_segment_BS)
     return _forward(*arrays, *ids, tile)[0]
-
-
-def tile_ranges(
-    q_position_T: jax.Array,
-    q_segment_T: jax.Array,
-    kv_position_S: jax.Array,
-    kv_segment_S: jax.Array,
-    tile: int,
-) -> tuple[jax.Array, jax.Array]:
-    """[N] first key tile that each query tile needs, and [N] the one after its last."""
-    S = kv_segment_S.shape[0]
-    index_S = jnp.arange(S)
-    start_of_segment = jnp.full(S + 1, S).at[kv_segment_S].min(index_S - kv_position_S)
-    start_T = start_of_segment[q_segment_T]
-    real_T = q_segment_T != 0
-    first_T = jnp.where(real_T, start_T, S)
-    last_T = jnp.where(real_T, start_T + q_position_T, -1)
-    first_N = first_T.reshape(-1, tile).min(axis=1) // tile
-    end_N = last_T.reshape(-1, tile).max(axis=1) // tile + 1
-    return jnp.minimum(first_N, end_N), end_N
 
 
 def _forward(
@@ -119,7 +99,8 @@ def _forward_row(q_THD, k_SKD, v_SKD, q_pos_T, q_seg_T, kv_pos_S, kv_seg_S, *, t
     T, H, D = q_THD.shape
     K = k_SKD.shape[1]
     q_TKGD = _grouped(q_THD, K)
-    first_N, end_N = tile_ranges(q_pos_T, q_seg_T, kv_pos_S, kv_seg_S, tile)
+    first_T, last_T = spans(q_pos_T, q_seg_T, kv_pos_S, kv_seg_S)
+    first_N, end_N = tile_ranges(first_T, last_T, tile, tile)
 
     def query_tile(n):
         q_tKGD, q_pos_t, q_seg_t = (_cut(x, n, tile) for x in (q_TKGD, q_pos_T, q_seg_T))
@@ -164,7 +145,8 @@ def _backward_row(
     scale = D**-0.5
     q_TKGD, dout_TKGD = _grouped(q_THD, K), dout_THD.reshape(T, K, H // K, D)
     lse_TKG, delta_TKG = (x.reshape(T, K, H // K) for x in (lse_TH, delta_TH))
-    first_N, end_N = tile_ranges(q_pos_T, q_seg_T, kv_pos_S, kv_seg_S, tile)
+    first_T, last_T = spans(q_pos_T, q_seg_T, kv_pos_S, kv_seg_S)
+    first_N, end_N = tile_ranges(first_T, last_T, tile, tile)
 
     def query_tile(sums, n):
         q_tKGD, dout_tKGD, lse_tKG, delta_tKG, q_pos_t, q_seg_t = (

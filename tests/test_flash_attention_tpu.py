@@ -1,0 +1,96 @@
+"""The TPU kernels against the reference: interpreted with races and unwritten memory detected.
+
+Tiles are as small as the interpreter allows, so that a short row has many.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from packed_rows import check, inputs, out_and_grads, row_ids
+
+from vibejax.kernels import flash_attention_tpu
+from vibejax.kernels.flash_attention_tpu import Tiles
+
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+def kernel(query=8, key=16, interpret=STRICT):
+    def attend(*args):
+        return flash_attention_tpu.attention(*args, Tiles(query, key), interpret)
+
+    return attend
+
+
+TILED = kernel()
+FAST = kernel(interpret=True)  # wide sweeps; races and unwritten memory go unseen
+
+
+def strictly(*args):
+    check(TILED, *args)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.mark.parametrize("H, K, D", [(2, 2, 64), (4, 2, 64), (8, 1, 128)])
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_equals_the_reference(H, K, D, dtype, tolerance):
+    strictly(inputs(29, H, K, D, dtype), row_ids([5, 1, 17, 3], 29), tolerance)
+
+
+@pytest.mark.parametrize("lengths, front", [([1] * 30, 5), ([], 0), ([40], 0), ([3, 20], 9)])
+def test_layouts(lengths, front):
+    strictly(inputs(40, D=64), row_ids(lengths, 40, front), 2e-6)
+
+
+@given(st.lists(st.integers(1, 12), max_size=6), st.integers(0, 9), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_any_layout_equals_the_reference(lengths, front, seed):
+    check(FAST, inputs(81, D=64, seed=seed), row_ids(lengths, 81, front), 2e-6)
+
+
+def test_two_rows_keep_apart():
+    rows = [row_ids([5, 30], 40), row_ids([22, 3], 40, 4)]
+    ids = tuple(np.concatenate(x) for x in zip(*rows, strict=True))
+    arrays = [np.concatenate(x) for x in zip(inputs(40), inputs(40, seed=1), strict=True)]
+    check(FAST, arrays, ids, 2e-6)
+
+
+def test_a_chunk_of_queries_is_that_part_of_the_row():
+    arrays, whole_ids = inputs(64), row_ids([20, 9, 25], 64)
+    position, segment = whole_ids[:2]
+    whole, *_ = out_and_grads(FAST, arrays, whole_ids)
+    chunk = np.r_[16:32, 48:64]
+    ids = (position[:, chunk], segment[:, chunk], position, segment)
+    part, *_ = out_and_grads(FAST, [arrays[0][:, chunk], *arrays[1:]], ids)
+    np.testing.assert_array_equal(part, whole[:, chunk])
+
+
+def test_documents_do_not_touch_each_other():
+    """Changing document 2 leaves every output and gradient of the others bit-identical."""
+    arrays, ids = inputs(60), row_ids([13, 10, 30], 60)
+    others = ids[1] != 2
+    changed = [np.where(others[..., None, None], x, np.float32(50)) for x in arrays]
+    before, after = (out_and_grads(FAST, x, ids) for x in (arrays, changed))
+    for b, a in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(b)[others], np.asarray(a)[others])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_lowers_for_a_tpu_without_one(D, dtype):
+    """Mosaic takes both kernels, and no float32 product is left at one bfloat16 pass."""
+    attend = kernel(128, 512, interpret=False)
+    q, k, v = (jax.ShapeDtypeStruct((1, 4096, heads, D), dtype) for heads in (16, 2, 2))
+    ids = (jax.ShapeDtypeStruct((1, 4096), jnp.int32),) * 4
+    run = functools.partial(out_and_grads.__wrapped__, attend)
+    exported = jax.export.export(jax.jit(run), platforms=["tpu"])((q, k, v), ids)
+    text = exported.mlir_module()
+    assert text.count("flash_attention_forward") >= 1
+    assert text.count("flash_attention_backward") >= 1
