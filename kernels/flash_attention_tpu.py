@@ -38,6 +38,8 @@ from vibejax.kernels.reference import MASKED
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
+VMEM_BYTES = 14 * 2**20  # what a v4 has, short of what the compiler keeps
+ROWS = 1_024  # of a query tile: with 512 keys its float32 scores take 2 MiB of VMEM
 
 
 class Tiles(NamedTuple):
@@ -45,6 +47,24 @@ class Tiles(NamedTuple):
 
     query: int
     key: int
+
+
+def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array) -> Tiles:
+    """The tile sizes for arrays of these shapes.
+
+    Raises:
+        ValueError: the kernels do not take them; the message names the value and the rule.
+    """
+    dtypes = {x.dtype.name for x in (q_BTHD, k_BSKD, v_BSKD)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
+        raise ValueError(f"dtypes {sorted(dtypes)}: must be all bfloat16 or all float32")
+    _, _, H, D = q_BTHD.shape
+    if D % 64 or not 0 < D <= 256:
+        raise ValueError(f"head dimension {D}: must be a multiple of 64, at most 256")
+    group = H // k_BSKD.shape[2]
+    if group > 16:
+        raise ValueError(f"{group} query heads a key/value head: must be at most 16")
+    return Tiles(query=max(128, ROWS // group // 128 * 128), key=512)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -159,9 +179,6 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, q_pos, q_seg, kv_pos, kv_seg, tiles, interp
     lse_BKNr = checkpoint_name(lse_BKNr, "attention_logsumexp")
     ids = (q_pos, q_seg, kv_pos, kv_seg)
     return out_BTHD, (q_BTHD, k_BSKD, v_BSKD, *ids, out_BTHD, lse_BKNr)
-
-
-VMEM_BYTES = 14 * 2**20  # what a v4 has, short of what the compiler keeps
 
 
 def _forward_kernel(

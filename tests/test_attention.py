@@ -187,3 +187,18 @@ def test_long_rows_take_the_implementation_that_holds_no_scores(monkeypatch):
     assert "custom_vjp_call" in str(jax.make_jaxpr(lambda *a: attention.attention(*a))(*args))
     by_name = attention.attention(*args, implementation="reference")
     np.testing.assert_allclose(attention.attention(*args), by_name, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "H, D, dtypes, message",
+    [
+        (4, 80, [np.float32] * 3, "head dimension 80: must be a multiple of 64, at most 256"),
+        (4, 320, [np.float32] * 3, "head dimension 320"),
+        (4, 64, [np.float32, jnp.bfloat16, np.float32], r"dtypes \['bfloat16', 'float32'\]: must"),
+        (34, 64, [np.float32] * 3, "17 query heads a key/value head: must be at most 16"),
+    ],
+)
+def test_what_the_tpu_kernels_cannot_take_is_named(H, D, dtypes, message):
+    arrays = [x.astype(d) for x, d in zip(inputs(H, 2, D), dtypes, strict=True)]
+    with pytest.raises(ValueError, match=message):
+        attention.attention(*arrays, IN_ORDER_POSITION, IN_ORDER, "tpu")

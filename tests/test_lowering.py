@@ -62,10 +62,11 @@ def row():
     return [array(jnp.int32, ROWS, TOKENS)] * 3
 
 
-def loss(params, token_BT, position_BT, segment_BT, *, dtype, remat):
+def loss(params, token_BT, position_BT, segment_BT, *, dtype, remat, implementation="auto"):
     x_BTE = qwen2.hidden_states(
-        params, token_BT, position_BT, segment_BT, CONFIG, dtype=dtype, remat=remat
-    )
+        params, token_BT, position_BT, segment_BT, CONFIG, dtype=dtype, remat=remat,
+        implementation=implementation,
+    )  # fmt: skip
     out = token_logprobs(
         x_BTE, qwen2.head(params), token_BT, segment_BT > 0, vocab=CONFIG.vocab, chunk_tokens=64
     )
@@ -83,6 +84,16 @@ def test_training_rounds_no_float32_operand(dtype, remat):
     # the backward pass has 2 of each, and the head's logits again.
     assert len(found) >= 3 * (9 + 1) + 1
     assert not rounded(found)
+
+
+@pytest.mark.parametrize("remat, forwards", [("none", 1), ("attention", 1), ("full", 2)])
+def test_the_attention_policy_keeps_what_the_kernel_computed(remat, forwards):
+    """Layers are scanned, so each kernel of a layer stands once in the program."""
+    settings = {"dtype": "bfloat16", "remat": remat, "implementation": "tpu"}
+    step = jax.value_and_grad(functools.partial(loss, **settings))
+    module = lowered(step, params(jnp.float32), *row())
+    assert module.count('kernel_name = "flash_attention_forward"') == forwards
+    assert module.count('kernel_name = "flash_attention_backward"') == 1
 
 
 @pytest.mark.parametrize("dtype, short", [("float32", "f32"), ("bfloat16", "bf16")])

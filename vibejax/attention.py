@@ -6,18 +6,20 @@ The mask is data: segment ids say which tokens belong together, positions say wh
 Over the `context` axis queries stay where they are, and keys and values are gathered.
 
 Implementations: `reference` holds all scores of a row, [T, T] a head; `xla` goes over them in
-blocks and skips those that hold no allowed pair, with memory linear in T. `auto` takes the
-reference for rows of at most `REFERENCE_TOKENS` tokens and `xla` for longer ones.
+blocks and skips those that hold no allowed pair, with memory linear in T; `tpu` is the same as a
+kernel, for TPUs alone. `auto` takes the reference for rows of at most `REFERENCE_TOKENS` tokens and
+`xla` for longer ones; nothing else takes one implementation for another.
 """
 
+import functools
 from typing import Literal
 
 import jax
 
-from vibejax.kernels import flash_attention_xla, reference
+from vibejax.kernels import flash_attention_tpu, flash_attention_xla, reference
 from vibejax.sharding import constrain, spec
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "tpu"]
 REFERENCE_TOKENS = 2_048  # scores of 16 heads in float32: 256 MiB a row
 
 
@@ -43,7 +45,8 @@ def attention(
         [B, T, H, D] of q's dtype, zeros at padding.
 
     Raises:
-        ValueError: the head counts do not divide, or keys and values differ in shape.
+        ValueError: the head counts do not divide, keys and values differ in shape, or the
+            implementation cannot take the dtypes or the head dimension.
     """
     _check_heads(q_BTHD.shape[2], k_BTKD.shape[2], k_BTKD.shape, v_BTKD.shape)
     k_BSKD = constrain(k_BTKD, "batch", None, "kv_heads", None)
@@ -55,7 +58,11 @@ def attention(
         implementation = "reference" if q_BTHD.shape[1] <= REFERENCE_TOKENS else "xla"
     if implementation == "reference":
         return reference.attention(*arrays)
-    return _per_device(flash_attention_xla.attention)(*arrays)
+    if implementation == "xla":
+        return _per_device(flash_attention_xla.attention)(*arrays)
+    tiles = flash_attention_tpu.tiles_for(q_BTHD, k_BTKD, v_BTKD)
+    attend = functools.partial(flash_attention_tpu.attention, tiles=tiles)
+    return _per_device(lambda *a: attend(*a))(*arrays)
 
 
 def _per_device(attend):

@@ -102,7 +102,7 @@ class TrainConfig(Section):
         "none", "what is recomputed in the backward pass; see qwen2.hidden_states"
     )
     dtype: Dtype = _field("float32", "of the computation; masters and sums are float32 anyway")
-    attention: Literal["auto", "reference", "xla"] = _field(
+    attention: Literal["auto", "reference", "xla", "tpu"] = _field(
         "auto", "implementation of attention; see vibejax.attention"
     )
 
