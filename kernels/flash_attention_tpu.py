@@ -64,6 +64,8 @@ def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array) -> Tiles:
     group = H // k_BSKD.shape[2]
     if group > 16:
         raise ValueError(f"{group} query heads a key/value head: must be at most 16")
+    if dtypes == {"float32"}:  # operands take twice the room, and their products more passes
+        return Tiles(query=128, key=256 if group > 4 else 512)
     return Tiles(query=max(128, ROWS // group // 128 * 128), key=512)
 
 
