@@ -64,11 +64,22 @@ def command(folder, out, *settings):
     return [sys.executable, "-m", "vibejax.rl", str(folder / "rl.toml"), *options]
 
 
+def environment(folder):
+    """All runs of this file compile the same programs: the second finds them where the first left
+    them, as on a pod that restarts.
+    """
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def run(folder, out, *settings, **options):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        command(folder, out, *settings), capture_output=True, text=True, env=environment, **options
-    )
+        command(folder, out, *settings),
+        capture_output=True, text=True, env=environment(folder), **options,
+    )  # fmt: skip
 
 
 def metrics(out):
@@ -135,7 +146,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, uninterrupted, moment):
     """kill -9, and everything after the resume is bit for bit that of the run left alone."""
     out = folder / f"killed-{moment}"
     process = subprocess.Popen(
-        command(folder, out), stderr=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+        command(folder, out), stderr=subprocess.DEVNULL, env=environment(folder)
     )
     wait_for = {
         "start": lambda: rows_written(out) >= 1,  # before any checkpoint
@@ -228,7 +239,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(folder, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
         command(folder, out), stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=environment(folder),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while rows_written(out) < 4 and process.poll() is None:
