@@ -9,7 +9,7 @@ import pytest
 from hf_folder import SETTINGS, assert_same, command, make_tensors, read_folder, write_folder
 
 from vibejax import weights
-from vibejax.config import InputError
+from vibejax.config_file import InputError
 from vibejax.weights import CheckpointError
 
 

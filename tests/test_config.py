@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vibejax import config
-from vibejax.config import ConfigError, RlConfig, SftConfig, load
+from vibejax import config, config_file
+from vibejax.config import RlConfig, SftConfig
+from vibejax.config_file import ConfigError, load
 from vibejax.verifiers.pool import Pool
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -65,7 +66,7 @@ def test_resolved_configuration_reads_back(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(BASE)
     want = load(RlConfig, path, ['out=a "quoted" name', "optimizer.learning_rate=3e-7"])
-    path.write_text(config.dump(want))
+    path.write_text(config_file.dump(want))
     assert load(RlConfig, path) == want
 
 
@@ -73,7 +74,7 @@ def test_settings_of_verifiers_reach_the_pool(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(BASE + "[verifiers.code]\nallow_unsandboxed = true\n")
     resolved = load(RlConfig, path, ["verifiers.workers=3"])
-    path.write_text(config.dump(resolved))
+    path.write_text(config_file.dump(resolved))
     assert load(RlConfig, path) == resolved
     with Pool(**resolved.verifiers.pool_arguments()) as pool:
         assert pool.verify([({"verifier": "math", "ground_truth": 1}, "\\boxed{1}")])[0].correct
@@ -89,7 +90,7 @@ def test_configurations_are_frozen(tmp_path):
 def test_help_lists_every_field_with_type_default_and_meaning():
     command = [sys.executable, "-m", "vibejax.rl", "--help"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    for name, _, field in config._fields(RlConfig):
+    for name, _, field in config_file._fields(RlConfig):
         assert f"\n  {name} (" in text
         assert field.description in text
     assert "rollout.group_size (int, default 16)" in text

@@ -3,7 +3,11 @@
 Tiles are as small as the interpreter allows, so that a short row has many.
 """
 
+import contextlib
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +36,37 @@ TILED = kernel()
 FAST = kernel(interpret=True)  # wide sweeps; races and unwritten memory go unseen
 
 
-def strictly(*args):
-    check(TILED, *args)
+HEADS = ((2, 2, 64), (4, 2, 64), (8, 1, 128))  # H, K, D
+LAYOUTS = (([1] * 30, 5), ([], 0), ([40], 0), ([3, 20], 9))  # lengths, padding before them
+
+
+def run_strictly(group):
+    """The cases of a group; the interpreter's own bookkeeping says whether anything raced."""
+    if group == "layouts":
+        for lengths, front in LAYOUTS:
+            check(TILED, inputs(40, D=64), row_ids(lengths, 40, front), 2e-6)
+    else:
+        dtype, tolerance = {"float32": (np.float32, 2e-6), "bfloat16": (jnp.bfloat16, 2e-2)}[group]
+        for H, K, D in HEADS:
+            check(TILED, inputs(29, H, K, D, dtype), row_ids([5, 1, 17, 3], 29), tolerance)
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("H, K, D", [(2, 2, 64), (4, 2, 64), (8, 1, 128)])
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-def test_equals_the_reference(H, K, D, dtype, tolerance):
-    strictly(inputs(29, H, K, D, dtype), row_ids([5, 1, 17, 3], 29), tolerance)
-
-
-@pytest.mark.parametrize("lengths, front", [([1] * 30, 5), ([], 0), ([40], 0), ([3, 20], 9)])
-def test_layouts(lengths, front):
-    strictly(inputs(40, D=64), row_ids(lengths, 40, front), 2e-6)
+@pytest.mark.parametrize("group", ["float32", "bfloat16", "layouts"])
+def test_equals_the_reference_without_races(group):
+    """In a process with a time limit: the interpreter's threads wait for each other for ever now
+    and then. Then, and only then, the group is run again.
+    """
+    for _ in range(3):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            command = [sys.executable, __file__, group]
+            done = subprocess.run(
+                command, timeout=150, capture_output=True, text=True,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3_000:]
+            return
+    pytest.fail("the interpreter hung three times")
 
 
 @given(st.lists(st.integers(1, 12), max_size=6), st.integers(0, 9), st.integers(0, 1000))
@@ -93,3 +114,7 @@ def test_lowers_for_a_tpu_without_one(D, dtype):
     text = exported.mlir_module()
     assert text.count("flash_attention_forward") >= 1
     assert text.count("flash_attention_backward") >= 1
+
+
+if __name__ == "__main__":
+    run_strictly(sys.argv[1])

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # bottom first; a folder counts as one module
     {"kernels"},
+    {"config_file"},
     {"config", "sharding", "distributed", "rope"},
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"},
     {"qwen2", "packing", "metrics", "arithmetic"},
@@ -89,8 +90,11 @@ def test_kernels_stand_alone():
 
 def test_a_configuration_is_read_without_jax():
     """A mistyped key is reported in a tenth of a second, not after jax has loaded."""
-    tops = {top for top, *_ in imported(ROOT.joinpath("vibejax", "config.py").read_text())}
-    assert not tops & {"jax", "flax", "optax", "orbax", "vibejax"}
+    for name in ("config.py", "config_file.py"):
+        found = {*imported(ROOT.joinpath("vibejax", name).read_text())}
+        ours = {path for path in found if path[0] == "vibejax"}
+        assert ours <= {("vibejax", "config_file", "Section")}
+        assert not {top for top, *_ in found} & {"jax", "flax", "optax", "orbax"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from vibejax.config import InputError
+from vibejax.config_file import InputError
 from vibejax.locations import resolve
 
 

@@ -248,7 +248,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(folder, tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, 65536))
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1, stderr
-    # The writer's own threads may still print of other files when this line has been printed.
-    assert [line for line in stderr.splitlines() if line.endswith("the last good one stays")]
+    # The writer's own threads may print of other files at the same time, into the same line.
+    assert "the last good one stays" in stderr
     done = run(folder, out, "resume=true")
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vibejax.config import InputError
+from vibejax.config_file import InputError
 from vibejax.qwen2 import ModelConfig
 from vibejax.rope import Rope
 

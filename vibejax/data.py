@@ -15,7 +15,7 @@ import grain
 import numpy as np
 import pyarrow.parquet
 
-from vibejax.config import InputError
+from vibejax.config_file import InputError
 from vibejax.tokenizer import Tokenizer
 
 Record = dict[str, Any]

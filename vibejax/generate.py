@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import jax.numpy as jnp
 
 from vibejax import data, engine, qwen2, tokenizer, weights
-from vibejax.config import InputError, errors_in_one_line
+from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.engine import Completion, Request, Sampling
 from vibejax.locations import resolve
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vibejax import engine, qwen2, tokenizer, weights
-from vibejax.config import errors_in_one_line
+from vibejax.config_file import errors_in_one_line
 from vibejax.engine import Request, Sampling
 from vibejax.verifiers import Verdict, rubric
 from vibejax.verifiers import __main__ as verifiers_command

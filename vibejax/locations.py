@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from vibejax.config import InputError
+from vibejax.config_file import InputError
 
 
 def resolve(name: str) -> Path:

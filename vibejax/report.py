@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 
-from vibejax.config import InputError, errors_in_one_line
+from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.run_folder import read_log
 
 matplotlib.use("Agg")  # files only: no display is needed or opened

@@ -32,7 +32,8 @@ from vibejax import (
     weights,
 )
 from vibejax.checkpoint import Checkpoints
-from vibejax.config import RlConfig, errors_in_one_line, parse_args
+from vibejax.config import RlConfig
+from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.locations import resolve
 from vibejax.losses import importance, mgpo

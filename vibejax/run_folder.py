@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vibejax import config as config_module
-from vibejax.config import InputError, Section
+from vibejax import config_file
+from vibejax.config_file import InputError, Section
 
 C = TypeVar("C", bound=Section)
 
@@ -27,7 +27,7 @@ def open_run(config: Section, stage: str) -> Path:
         RunError: a named folder exists and `resume` is not set, or it is set and there is
             nothing to resume, or the stored configuration differs.
     """
-    text = config_module.dump(config)
+    text = config_file.dump(config)
     if not config.out:
         if config.resume:
             raise RunError("resume = true needs out, the folder of the run to go on with")
@@ -40,10 +40,10 @@ def open_run(config: Section, stage: str) -> Path:
     stored_path = folder / "config.toml"
     if not stored_path.is_file():
         raise RunError(f"{folder}: has no config.toml, so there is no run to resume")
-    stored = config_module.load(type(config), stored_path)
+    stored = config_file.load(type(config), stored_path)
     differing = [
         line
-        for line in config_module.differences(stored, config)
+        for line in config_file.differences(stored, config)
         if line.partition(":")[0] not in ("resume", "out")
     ]
     if differing:

@@ -13,7 +13,8 @@ import numpy as np
 
 from vibejax import data, optimizer, qwen2, run_folder, sharding, tokenizer, train, weights
 from vibejax.checkpoint import Checkpoints
-from vibejax.config import SftConfig, errors_in_one_line, parse_args
+from vibejax.config import SftConfig
+from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.locations import resolve
 from vibejax.losses.nll import nll_loss
 from vibejax.metrics import Metrics

@@ -23,7 +23,7 @@ import tokenizers
 
 from vibejax import gguf_tokenizer
 from vibejax.checkpoint_config import CheckpointError
-from vibejax.config import InputError
+from vibejax.config_file import InputError
 from vibejax.gguf_reader import GGUFFile
 from vibejax.safetensors_folder import read_json, write_json
 

@@ -38,7 +38,7 @@ from vibejax.checkpoint_reader import (
     read_pieces,
     row_pieces,
 )
-from vibejax.config import errors_in_one_line
+from vibejax.config_file import errors_in_one_line
 from vibejax.qwen2 import ModelConfig, ParamInfo, Params
 from vibejax.safetensors_folder import Tensor, published, read_json, write_json
 
