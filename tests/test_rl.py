@@ -114,6 +114,8 @@ def test_run_leaves_its_record(folder, uninterrupted):
     for row in rows[1:]:
         shares = ("groups_all_right", "groups_all_wrong", "groups_mixed")
         np.testing.assert_allclose(sum(row[f"rollout/{s}"] for s in shares), 1.0)
+        counts = {name: n for name, n in row.items() if name.startswith("verifier/")}
+        assert sum(counts.values()) == 16 and {"verifier/correct", "verifier/timeout"} <= {*counts}
     assert list((out / "tensorboard").iterdir())
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {"step", "prompt", "completion", "ground_truth", "outcome"} <= samples[0].keys()

@@ -3,6 +3,7 @@
 Shape suffixes: N prompts, G completions of a prompt.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from vibejax.losses import long2short, mgpo
 from vibejax.packing import Document
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.tokenizer import Tokenizer
-from vibejax.verifiers import Verdict
+from vibejax.verifiers import Outcome, Verdict
 from vibejax.verifiers.pool import Pool
 
 
@@ -137,7 +138,9 @@ def group_metrics(rollout: Rollout) -> dict[str, float]:
     right_N = (correct_NG | ~scored_NG).all(axis=1)
     wrong_N = (~correct_NG | ~scored_NG).all(axis=1)
     length_NG = rollout.length_NG
+    outcomes = collections.Counter(v.outcome for group in rollout.verdicts for v in group)
     return {
+        **{f"verifier/{outcome}": outcomes[outcome] for outcome in Outcome},
         "rollout/accuracy": float(correct_NG[scored_NG].mean()) if scored_NG.any() else 0.0,
         "rollout/reward": float(rollout.reward_NG[scored_NG].mean()) if scored_NG.any() else 0.0,
         "rollout/groups_all_right": float((right_N & ~wrong_N).mean()),
