@@ -2,13 +2,20 @@
 
 The contract is `reference.attention`'s. The G query heads of a key/value head are stacked into the
 rows of one query tile, so keys and values are read once a group and never repeated. Scores are
-held transposed, keys along sublanes and queries along lanes: the row maxima and sums of softmax
-are then elementwise operations over vector registers instead of reductions across lanes, and the
-statistics of a tile are lane vectors, stored as [H, T].
+held transposed, keys along sublanes and queries along lanes: sums over keys are then elementwise
+operations over vector registers instead of reductions across lanes, and the statistics of a tile
+are lane vectors.
 
 Both kernels walk over exactly the tiles that hold an allowed pair. The range of each tile, a few
 integers in SMEM, comes from `spans`; tiles are fetched by double-buffered copies, so a tile that is
 not needed costs nothing at all. The mask is computed only on tiles that need it.
+
+Softmax is the same whatever is subtracted from a row's scores, as long as nothing overflows. The
+forward kernel therefore takes the maxima of one key tile, the one that holds the queries' own keys,
+as the reference of all others: their weights follow from the scores at once, without a pass over
+the tile for its maxima, and nothing is rescaled. A row of which some score exceeds its reference by
+more than 2^90 is done again with running maxima, the rest of its tile with it; only that row takes
+the second result, so no document feels another.
 
 The backward kernel has key tiles outside and query tiles inside: 5 matmuls a tile. dk and dv stay
 in VMEM; dq is read, added to and written back in HBM in float32. A query tile's first key tile
@@ -35,22 +42,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from vibejax.kernels import spans
 from vibejax.kernels.reference import MASKED
+from vibejax.kernels.tiles import TpuTiles, tpu_tiles
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-VMEM_BYTES = 14 * 2**20  # what a v4 has, short of what the compiler keeps
-ROWS = 1_024  # of a query tile: with 512 keys its float32 scores take 2 MiB of VMEM
+LARGEST = 2.0**90  # of a row's mass, before its reference counts as too small
 
 
-class Tiles(NamedTuple):
-    """Tokens of a query tile (times G rows) and of a key tile."""
-
-    query: int
-    key: int
-
-
-def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array) -> Tiles:
-    """The tile sizes for arrays of these shapes.
+def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, chip: str) -> TpuTiles:
+    """The tiles for arrays of these shapes on a chip (a value of `tiles.TPU_CHIPS`).
 
     Raises:
         ValueError: the kernels do not take them; the message names the value and the rule.
@@ -64,9 +64,7 @@ def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array) -> Tiles:
     group = H // k_BSKD.shape[2]
     if group > 16:
         raise ValueError(f"{group} query heads a key/value head: must be at most 16")
-    if dtypes == {"float32"}:  # operands take twice the room, and their products more passes
-        return Tiles(query=128, key=256 if group > 4 else 512)
-    return Tiles(query=max(128, ROWS // group // 128 * 128), key=512)
+    return tpu_tiles(chip, *dtypes, D, group)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -78,7 +76,7 @@ def attention(
     q_segment_BT: jax.Array,
     kv_position_BS: jax.Array,
     kv_segment_BS: jax.Array,
-    tiles: Tiles,
+    tiles: TpuTiles,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> jax.Array:
     """Causal grouped-query attention within segments; statistics and sums in float32.
@@ -91,7 +89,7 @@ def attention(
         q_segment_BT: [B, T] int32 document, each id at most S; 0 is padding.
         kv_position_BS: [B, S] int32.
         kv_segment_BS: [B, S] int32, each id one run.
-        tiles: sizes of the tiles; T and S are filled up to whole ones.
+        tiles: sizes of the tiles (`tiles.tpu_tiles`); T and S are filled up to whole ones.
         interpret: runs on a CPU, as `pallas_call` takes it.
 
     Returns:
@@ -106,60 +104,61 @@ class _Layout(NamedTuple):
     """What the kernels know of the mask.
 
     Attributes:
-        first_BNr: [B, N, 1, r] int32 first key of each row of a query tile.
-        last_BNr: [B, N, 1, r] int32 last key.
+        first_BN1t: [B, N, 1, t] int32 first key of each token of a query tile.
+        last_BN1t: [B, N, 1, t] int32 last key.
         ranges_BN: [B, N] int32 arrays: first and end of the key tiles needed, and of the full ones.
         queries_BM: [B, M] int32 arrays: first and end of the query tiles of a key tile.
     """
 
-    first_BNr: jax.Array
-    last_BNr: jax.Array
+    first_BN1t: jax.Array
+    last_BN1t: jax.Array
     ranges_BN: tuple[jax.Array, ...]
     queries_BM: tuple[jax.Array, ...]
 
 
-def _layout(q_position_BT, q_segment_BT, kv_position_BS, kv_segment_BS, group, tiles) -> _Layout:
+def _layout(q_position_BT, q_segment_BT, kv_position_BS, kv_segment_BS, tile) -> _Layout:
     def of_row(*ids):
         first_T, last_T = spans.spans(*ids)
-        needed = spans.tile_ranges(first_T, last_T, *tiles)
-        full = spans.full_ranges(first_T, last_T, *tiles)
-        queries = spans.query_ranges(*needed, ids[2].shape[0] // tiles.key)
-        rows = (jnp.tile(x.reshape(-1, 1, tiles.query), (1, 1, group)) for x in (first_T, last_T))
-        return (*rows, (*needed, *full), queries)
+        needed = spans.tile_ranges(first_T, last_T, *tile)
+        full = spans.full_ranges(first_T, last_T, *tile)
+        queries = spans.query_ranges(*needed, ids[2].shape[0] // tile.key)
+        tokens = (x.reshape(-1, 1, tile.query) for x in (first_T, last_T))
+        return (*tokens, (*needed, *full), queries)
 
-    ids = (q_position_BT, q_segment_BT, kv_position_BS, kv_segment_BS)
-    ids = [_pad(x, size) for x, size in zip(ids, (*tiles[:1] * 2, *tiles[1:] * 2), strict=True)]
+    ids = (_pad(q_position_BT, tile.query), _pad(q_segment_BT, tile.query))
+    ids += (_pad(kv_position_BS, tile.key), _pad(kv_segment_BS, tile.key))
     out = jax.vmap(of_row)(*ids)
     return _Layout(*jax.tree.map(lambda x: x.astype(jnp.int32), out))
 
 
 def _forward(q_BTHD, k_BSKD, v_BSKD, q_pos, q_seg, kv_pos, kv_seg, tiles, interpret):
     B, T, H, D = q_BTHD.shape
-    K = k_BSKD.shape[2]
-    G, rows = H // K, H // K * tiles.query
-    layout = _layout(q_pos, q_seg, kv_pos, kv_seg, G, tiles)
-    q_BKNrD = _query_tiles(_scaled(q_BTHD), K, tiles)
-    k_BKSD, v_BKDS = _keys(k_BSKD, tiles), _keys(v_BSKD, tiles).swapaxes(2, 3)
-    N = q_BKNrD.shape[2]
-    dtype = q_BTHD.dtype
-    tile = lambda *shape: pl.BlockSpec(  # noqa: E731 - one query tile of one key/value head
+    K, tile = k_BSKD.shape[2], tiles.forward
+    rows = H // K * tile.query
+    layout = _layout(q_pos, q_seg, kv_pos, kv_seg, tile)
+    q_BKNrD = _query_tiles(_scaled(q_BTHD), K, tile)
+    k_BKSD, v_BKDS = _keys(k_BSKD, tile), _keys(v_BSKD, tile).swapaxes(2, 3)
+    N, dtype = q_BKNrD.shape[2], q_BTHD.dtype
+    block = lambda *shape: pl.BlockSpec(  # noqa: E731 - one query tile of one key/value head
         (None, None, None, *shape), lambda b, k, n, *_: (b, k, n, 0, 0)
     )
-    ids = pl.BlockSpec((None, None, 1, rows), lambda b, k, n, *_: (b, n, 0, 0))
-    everything = pl.BlockSpec(memory_space=pl.ANY)
+    ids = pl.BlockSpec((None, None, 1, tile.query), lambda b, k, n, *_: (b, n, 0, 0))
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     call = pl.pallas_call(
-        functools.partial(_forward_kernel, tiles=tiles),
+        functools.partial(_forward_kernel, tile=tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(B, K, N),
-            in_specs=[tile(rows, D), ids, ids, everything, everything],
-            out_specs=[tile(rows, D), tile(1, rows)],
+            in_specs=[block(rows, D), ids, ids, in_hbm, in_hbm],
+            out_specs=[block(rows, D), block(1, rows)],
             scratch_shapes=[
-                pltpu.VMEM((2, tiles.key, D), dtype),
-                pltpu.VMEM((2, D, tiles.key), dtype),
+                pltpu.VMEM((2, tile.key, D), dtype),
+                pltpu.VMEM((2, D, tile.key), dtype),
                 pltpu.VMEM((1, rows), jnp.float32),
-                pltpu.VMEM((1, rows), jnp.float32),
+                pltpu.VMEM((8, rows), jnp.float32),
                 pltpu.VMEM((D, rows), jnp.float32),
+                pltpu.VMEM((1, rows), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
@@ -169,114 +168,156 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, q_pos, q_seg, kv_pos, kv_seg, tiles, interp
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
+            vmem_limit_bytes=tiles.vmem_bytes,
         ),
         name="flash_attention_forward",
         interpret=interpret,
     )
-    out_BKNrD, lse_BKNr = call(
-        *layout.ranges_BN, q_BKNrD, layout.first_BNr, layout.last_BNr, k_BKSD, v_BKDS
-    )
-    out_BTHD = checkpoint_name(_rows_of_tiles(out_BKNrD, T, tiles), "attention_output")
-    lse_BKNr = checkpoint_name(lse_BKNr, "attention_logsumexp")
+    out_BKNrD, lse_BKN1r = call(
+        *layout.ranges_BN, q_BKNrD, layout.first_BN1t, layout.last_BN1t,
+        _in_hbm(k_BKSD, interpret), _in_hbm(v_BKDS, interpret),
+    )  # fmt: skip
+    out_BTHD = _rows_of_tiles(out_BKNrD, T, tile)
+    lse_BTH = _rows_of_tiles(lse_BKN1r.swapaxes(3, 4), T, tile)[..., 0]
+    out_BTHD = checkpoint_name(out_BTHD, "attention_output")
+    lse_BHT = checkpoint_name(lse_BTH.swapaxes(1, 2), "attention_logsumexp")
     ids = (q_pos, q_seg, kv_pos, kv_seg)
-    return out_BTHD, (q_BTHD, k_BSKD, v_BSKD, *ids, out_BTHD, lse_BKNr)
+    return out_BTHD, (q_BTHD, k_BSKD, v_BSKD, *ids, out_BTHD, lse_BHT)
 
 
 def _forward_kernel(
     first_tile_BN, end_tile_BN, first_full_BN, end_full_BN,  # SMEM
     q_ref, first_ref, last_ref, k_hbm, v_hbm, out_ref, lse_ref,
-    k_buf, v_buf, max_ref, mass_ref, sum_ref, sems, *, tiles,
+    k_buf, v_buf, max_ref, mass_ref, sum_ref, sound_ref, unsound_smem, sems, *, tile,
 ):  # fmt: skip
     b, kv, n = (pl.program_id(axis) for axis in range(3))
     begin, end = first_tile_BN[b, n], end_tile_BN[b, n]
 
-    def copies(m, slot):
-        at = pl.ds(pl.multiple_of(m * tiles.key, tiles.key), tiles.key)
+    def copies(i, slot):
+        at = pl.ds(pl.multiple_of(key_tile(i) * tile.key, tile.key), tile.key)
         return (
             pltpu.make_async_copy(k_hbm.at[b, kv, at], k_buf.at[slot], sems.at[slot, 0]),
             pltpu.make_async_copy(v_hbm.at[b, kv, :, at], v_buf.at[slot], sems.at[slot, 1]),
         )
 
-    @pl.when(begin < end)
-    def _():
-        for copy in copies(begin, 0):
-            copy.start()
+    def key_tile(i):
+        """The last one comes first: it holds the queries' own keys."""
+        return jnp.where(i == 0, end - 1, begin + i - 1)
 
-    max_ref[...] = jnp.full(max_ref.shape, MASKED, jnp.float32)
-    mass_ref[...] = jnp.zeros(mass_ref.shape, jnp.float32)
-    sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-
-    def accumulate(m, slot, masked):
-        score_sr = _dot(k_buf[slot], q_ref[...], ((1,), (1,)))
-        if masked:
-            score_sr = jnp.where(_visible(m, first_ref, last_ref, tiles), score_sr, MASKED)
-        old_max_1r = max_ref[...]
-        new_max_1r = jnp.maximum(old_max_1r, jnp.max(score_sr, axis=0, keepdims=True))
-        weight_sr = jnp.exp2(score_sr - new_max_1r)
-        if masked:  # a row that has seen nothing yet has the maximum MASKED itself
-            weight_sr = jnp.where(score_sr == MASKED, 0.0, weight_sr)
-        shrink_1r = jnp.exp2(old_max_1r - new_max_1r)
-        mass_ref[...] = mass_ref[...] * shrink_1r + jnp.sum(weight_sr, axis=0, keepdims=True)
+    def add(weight_sr, slot, shrink_1r=None):
+        mass_8r = jnp.sum(weight_sr.reshape(-1, 8, weight_sr.shape[1]), axis=0)
         update_Dr = _dot(v_buf[slot], weight_sr.astype(v_buf.dtype), ((1,), (0,)))
-        sum_ref[...] = sum_ref[...] * shrink_1r + update_Dr
-        max_ref[...] = new_max_1r
+        if shrink_1r is None:
+            mass_ref[...] += mass_8r
+            sum_ref[...] += update_Dr
+        else:
+            mass_ref[...] = mass_ref[...] * shrink_1r + mass_8r
+            sum_ref[...] = sum_ref[...] * shrink_1r + update_Dr
 
-    def key_tile(m, _):
-        slot = jax.lax.rem(m - begin, 2)
+    def with_running_maxima(m, slot):
+        score_sr = _dot(k_buf[slot], q_ref[...], ((1,), (1,)))
+        score_sr = jnp.where(
+            _visible(m, first_ref, last_ref, score_sr.shape, tile), score_sr, MASKED
+        )
+        old_1r = max_ref[...]
+        new_1r = jnp.maximum(old_1r, jnp.max(score_sr, axis=0, keepdims=True))
+        max_ref[...] = new_1r
+        add(jnp.exp2(score_sr - new_1r), slot, jnp.exp2(old_1r - new_1r))
 
-        @pl.when(m + 1 < end)
+    def with_references(slot):
+        score_sr = _dot(k_buf[slot], q_ref[...], ((1,), (1,)))
+        add(jnp.exp2(score_sr - max_ref[...]), slot)
+
+    def attempt(number, _):
+        @pl.when(begin < end)
         def _():
-            for copy in copies(m + 1, 1 - slot):
+            for copy in copies(0, 0):
                 copy.start()
 
-        for copy in copies(m, slot):
-            copy.wait()
-        full = (first_full_BN[b, n] <= m) & (m < end_full_BN[b, n])
-        pl.when(full)(functools.partial(accumulate, m, slot, masked=False))
-        pl.when(~full)(functools.partial(accumulate, m, slot, masked=True))
+        # Above every masked score: a row that has seen nothing yet gives them no weight.
+        max_ref[...] = jnp.full(max_ref.shape, MASKED / 2, jnp.float32)
+        mass_ref[...] = jnp.zeros(mass_ref.shape, jnp.float32)
+        sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
-    jax.lax.fori_loop(begin, end, key_tile, None)
-    real_1r = last_ref[...] >= 0
-    mass_1r = jnp.where(real_1r, mass_ref[...], 1.0)
-    out_ref[...] = (sum_ref[...] / mass_1r).T.astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(real_1r, max_ref[...] + jnp.log2(mass_1r), 0.0)
+        def step(i, _):
+            slot = jax.lax.rem(i, 2)
+
+            @pl.when(i + 1 < end - begin)
+            def _():
+                for copy in copies(i + 1, 1 - slot):
+                    copy.start()
+
+            for copy in copies(i, slot):
+                copy.wait()
+            m = key_tile(i)
+            full = (first_full_BN[b, n] <= m) & (m < end_full_BN[b, n])
+            quick = full & (i > 0) & (number == 0)
+            pl.when(quick)(lambda: with_references(slot))
+            pl.when(~quick)(lambda: with_running_maxima(m, slot))
+
+        jax.lax.fori_loop(0, end - begin, step, None)
+        real_1r = _of_rows(last_ref, max_ref.shape[1]) >= 0
+        mass_1r = jnp.sum(mass_ref[...], axis=0, keepdims=True)
+        sound_1r = jnp.where(real_1r & ~(mass_1r <= LARGEST), 0.0, 1.0)
+        mass_1r = jnp.where(real_1r, mass_1r, 1.0)
+        out_rD = (sum_ref[...] / mass_1r).T.astype(out_ref.dtype)
+        lse_1r = jnp.where(real_1r, max_ref[...] + jnp.log2(mass_1r), 0.0)
+
+        @pl.when(number == 0)
+        def _():
+            out_ref[...] = out_rD
+            lse_ref[...] = lse_1r
+            sound_ref[...] = sound_1r
+            unsound_smem[0] = (jnp.min(sound_1r) < 0.5).astype(jnp.int32)
+
+        @pl.when(number == 1)
+        def _():
+            sound_rD = jnp.broadcast_to(sound_ref[...], sum_ref.shape).T
+            out_ref[...] = jnp.where(sound_rD > 0.5, out_ref[...], out_rD)
+            lse_ref[...] = jnp.where(sound_ref[...] > 0.5, lse_ref[...], lse_1r)
+
+    unsound_smem[0] = 1
+    jax.lax.fori_loop(
+        0, 2, lambda number, _: pl.when(unsound_smem[0] == 1)(lambda: attempt(number, None)), None
+    )
 
 
 def _backward(tiles, interpret, residuals, dout_BTHD):
-    q_BTHD, k_BSKD, v_BSKD, q_pos, q_seg, kv_pos, kv_seg, out_BTHD, lse_BKNr = residuals
+    q_BTHD, k_BSKD, v_BSKD, q_pos, q_seg, kv_pos, kv_seg, out_BTHD, lse_BHT = residuals
     B, T, H, D = q_BTHD.shape
     S, K = k_BSKD.shape[1:3]
-    rows = H // K * tiles.query
-    layout = _layout(q_pos, q_seg, kv_pos, kv_seg, H // K, tiles)
+    tile = tiles.backward
+    rows = H // K * tile.query
+    layout = _layout(q_pos, q_seg, kv_pos, kv_seg, tile)
     delta_BTH1 = jnp.sum(
         dout_BTHD.astype(jnp.float32) * out_BTHD.astype(jnp.float32), axis=-1, keepdims=True
     )
-    delta_BKNr = _query_tiles(delta_BTH1, K, tiles).swapaxes(3, 4)
-    q_BKNrD = _query_tiles(_scaled(q_BTHD), K, tiles)
-    dout_BKNrD = _query_tiles(dout_BTHD.astype(q_BTHD.dtype), K, tiles)
-    k_BKSD, v_BKSD = _keys(k_BSKD, tiles), _keys(v_BSKD, tiles)
-    M, dtype = k_BKSD.shape[2] // tiles.key, q_BTHD.dtype
-    keys = pl.BlockSpec((None, None, tiles.key, D), lambda b, k, m, *_: (b, k, m, 0))
-    everything = pl.BlockSpec(memory_space=pl.ANY)
+    delta_BKN1r = _query_tiles(delta_BTH1, K, tile).swapaxes(3, 4)
+    lse_BKN1r = _query_tiles(lse_BHT.swapaxes(1, 2)[..., None], K, tile).swapaxes(3, 4)
+    q_BKNrD = _query_tiles(_scaled(q_BTHD), K, tile)
+    dout_BKNrD = _query_tiles(dout_BTHD.astype(q_BTHD.dtype), K, tile)
+    k_BKSD, v_BKSD = _keys(k_BSKD, tile), _keys(v_BSKD, tile)
+    M, dtype = k_BKSD.shape[2] // tile.key, q_BTHD.dtype
+    keys = pl.BlockSpec((None, None, tile.key, D), lambda b, k, m, *_: (b, k, m, 0))
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     call = pl.pallas_call(
-        functools.partial(_backward_kernel, tiles=tiles),
+        functools.partial(_backward_kernel, tile=tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(B, K, M),
-            in_specs=[keys, keys, *[everything] * 6],
-            out_specs=[everything, keys, keys],
+            in_specs=[keys, keys, *[in_hbm] * 6],
+            out_specs=[in_hbm, keys, keys],
             scratch_shapes=[
                 pltpu.VMEM((2, rows, D), dtype),
                 pltpu.VMEM((2, rows, D), dtype),
                 pltpu.VMEM((2, 1, rows), jnp.float32),
                 pltpu.VMEM((2, 1, rows), jnp.float32),
-                pltpu.VMEM((2, 1, rows), jnp.int32),
-                pltpu.VMEM((2, 1, rows), jnp.int32),
+                pltpu.VMEM((2, 1, tile.query), jnp.int32),
+                pltpu.VMEM((2, 1, tile.query), jnp.int32),
                 pltpu.VMEM((2, rows, D), jnp.float32),
                 pltpu.VMEM((2, rows, D), jnp.float32),
-                pltpu.VMEM((tiles.key, D), jnp.float32),
-                pltpu.VMEM((tiles.key, D), jnp.float32),
+                pltpu.VMEM((tile.key, D), jnp.float32),
+                pltpu.VMEM((tile.key, D), jnp.float32),
                 pltpu.SemaphoreType.DMA((2, 8)),
             ],
         ),
@@ -287,20 +328,21 @@ def _backward(tiles, interpret, residuals, dout_BTHD):
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
+            vmem_limit_bytes=tiles.vmem_bytes,
         ),
         name="flash_attention_backward",
+        input_output_aliases={6: 1, 7: 2},  # dk over k, dv over v: a block is read before written
         interpret=interpret,
     )
     dq_BKNrD, dk_BKSD, dv_BKSD = call(
         *layout.ranges_BN, *layout.queries_BM, k_BKSD, v_BKSD, q_BKNrD, dout_BKNrD,
-        lse_BKNr, delta_BKNr, layout.first_BNr, layout.last_BNr,
+        lse_BKN1r, delta_BKN1r, layout.first_BN1t, layout.last_BN1t,
     )  # fmt: skip
     # Tiles that hold padding alone were never written.
     begin_BN, end_BN = layout.ranges_BN[:2]
     written_BN = (begin_BN < end_BN)[:, None, :, None, None]
     dq_BKNrD = jnp.where(written_BN, dq_BKNrD * D**-0.5, 0.0)
-    dq_BTHD = _rows_of_tiles(dq_BKNrD, T, tiles).astype(dtype)
+    dq_BTHD = _rows_of_tiles(dq_BKNrD, T, tile).astype(dtype)
     dk_BSKD, dv_BSKD = (x.swapaxes(1, 2)[:, :S] for x in (dk_BKSD, dv_BKSD))
     return dq_BTHD, dk_BSKD, dv_BSKD, None, None, None, None
 
@@ -313,7 +355,7 @@ def _backward_kernel(
     k_ref, v_ref, q_hbm, dout_hbm, lse_hbm, delta_hbm, first_hbm, last_hbm,
     dq_hbm, dk_ref, dv_ref,
     q_buf, dout_buf, lse_buf, delta_buf, first_buf, last_buf, dq_in, dq_out, dk_sum, dv_sum, sems,
-    *, tiles,
+    *, tile,
 ):  # fmt: skip
     b, kv, m = (pl.program_id(axis) for axis in range(3))
     begin, end = first_query_BM[b, m], end_query_BM[b, m]
@@ -364,13 +406,14 @@ def _backward_kernel(
         score_sr = _dot(k_ref[...], q_rD, ((1,), (1,)))
         weight_sr = jnp.exp2(score_sr - lse_buf[slot])
         if masked:
-            visible_sr = _visible(m, first_buf.at[slot], last_buf.at[slot], tiles)
+            spans_of_tile = first_buf.at[slot], last_buf.at[slot]
+            visible_sr = _visible(m, *spans_of_tile, weight_sr.shape, tile)
             weight_sr = jnp.where(visible_sr, weight_sr, 0.0)
         dweight_sr = _dot(v_ref[...], dout_rD, ((1,), (1,)))
         dscore_sr = (weight_sr * (dweight_sr - delta_buf[slot])).astype(q_rD.dtype)
         dv_sum[...] += _dot(weight_sr.astype(dout_rD.dtype), dout_rD, ((1,), (0,)))
         dk_sum[...] += _dot(dscore_sr, q_rD, ((1,), (0,)))
-        dq_out[slot] = _dot(dscore_sr, k_ref[...], ((0,), (0,)))
+        dq_out[slot] = dq_in[slot] + _dot(dscore_sr, k_ref[...], ((0,), (0,)))
 
     def query_tile(n, _):
         slot = jax.lax.rem(n - begin, 2)
@@ -387,17 +430,15 @@ def _backward_kernel(
         def _():
             for copy in reads(n, slot):
                 copy.wait()
+            pl.when(has_dq(n))(lambda: read_dq(n, slot).wait())
+
+            @pl.when(~has_dq(n))
+            def _():
+                dq_in[slot] = jnp.zeros(dq_in.shape[1:], jnp.float32)
+
             full = (first_full_BN[b, n] <= m) & (m < end_full_BN[b, n])
             pl.when(full)(functools.partial(accumulate, n, slot, masked=False))
             pl.when(~full)(functools.partial(accumulate, n, slot, masked=True))
-
-        @pl.when(has_dq(n))
-        def _():
-            read_dq(n, slot).wait()
-            dq_out[slot] += dq_in[slot]
-
-        @pl.when(needed(n))
-        def _():
             write_dq(n, slot).start()
 
     jax.lax.fori_loop(begin, end, query_tile, None)
@@ -412,11 +453,16 @@ def _backward_kernel(
     dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _visible(m, first_ref, last_ref, tiles):
+def _visible(m, first_ref, last_ref, shape, tile):
     """[s, r] whether a row of the query tile sees a key of key tile `m`."""
-    rows = first_ref.shape[-1]
-    key_sr = m * tiles.key + jax.lax.broadcasted_iota(jnp.int32, (tiles.key, rows), 0)
-    return (key_sr >= first_ref[...]) & (key_sr <= last_ref[...])
+    key_sr = m * tile.key + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    first_1r, last_1r = (_of_rows(ref, shape[1]) for ref in (first_ref, last_ref))
+    return (key_sr >= first_1r) & (key_sr <= last_1r)
+
+
+def _of_rows(token_ref, rows):
+    """[1, r] what holds for each token, once for each head of the group."""
+    return jnp.tile(token_ref[...], (1, rows // token_ref.shape[1]))
 
 
 def _dot(x, y, contract):
@@ -435,25 +481,30 @@ def _scaled(q_BTHD):
     return (q_BTHD.astype(jnp.float32) * scale).astype(q_BTHD.dtype)
 
 
-def _query_tiles(x_BTHD, K, tiles):
+def _query_tiles(x_BTHD, K, tile):
     """[B, K, N, r, D]: the tiles of a group's heads, head after head, in one piece each."""
     B, _, H, D = x_BTHD.shape
-    x_BTHD = _pad(x_BTHD, tiles.query)
-    x_BNtKGD = x_BTHD.reshape(B, -1, tiles.query, K, H // K, D)
-    return x_BNtKGD.transpose(0, 3, 1, 4, 2, 5).reshape(B, K, -1, H // K * tiles.query, D)
+    x_BTHD = _pad(x_BTHD, tile.query)
+    x_BNtKGD = x_BTHD.reshape(B, -1, tile.query, K, H // K, D)
+    return x_BNtKGD.transpose(0, 3, 1, 4, 2, 5).reshape(B, K, -1, H // K * tile.query, D)
 
 
-def _rows_of_tiles(x_BKNrD, T, tiles):
+def _rows_of_tiles(x_BKNrD, T, tile):
     """The inverse of `_query_tiles`."""
     B, K, N, r, D = x_BKNrD.shape
-    G = r // tiles.query
-    x_BKNGtD = x_BKNrD.reshape(B, K, N, G, tiles.query, D)
-    return x_BKNGtD.transpose(0, 2, 4, 1, 3, 5).reshape(B, N * tiles.query, K * G, D)[:, :T]
+    G = r // tile.query
+    x_BKNGtD = x_BKNrD.reshape(B, K, N, G, tile.query, D)
+    return x_BKNGtD.transpose(0, 2, 4, 1, 3, 5).reshape(B, N * tile.query, K * G, D)[:, :T]
 
 
-def _keys(x_BSKD, tiles):
+def _keys(x_BSKD, tile):
     """[B, K, S, D] of whole tiles."""
-    return _pad(x_BSKD, tiles.key).swapaxes(1, 2)
+    return _pad(x_BSKD, tile.key).swapaxes(1, 2)
+
+
+def _in_hbm(x, interpret):
+    """`x` where the kernels' copies expect it: XLA likes to keep keys in VMEM, if they fit."""
+    return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def _pad(x, tile):

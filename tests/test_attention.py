@@ -201,4 +201,48 @@ def test_long_rows_take_the_implementation_that_holds_no_scores(monkeypatch):
 def test_what_the_tpu_kernels_cannot_take_is_named(H, D, dtypes, message):
     arrays = [x.astype(d) for x, d in zip(inputs(H, 2, D), dtypes, strict=True)]
     with pytest.raises(ValueError, match=message):
-        attention.attention(*arrays, IN_ORDER_POSITION, IN_ORDER, "tpu")
+        attention.attention(*arrays, IN_ORDER_POSITION, IN_ORDER, "tpu_interpreted")
+
+
+@pytest.mark.parametrize(
+    "implementation, segment, message",
+    [
+        ("tpu", IN_ORDER, "attention 'tpu': the mesh's devices are none"),
+        ("gpu", IN_ORDER, "attention 'gpu': the mesh's devices are none"),
+        ("cudnn", IN_ORDER, "'cudnn': must be rows of one document each"),
+        ("cudnn", None, "attention 'cudnn': the mesh's devices are none"),
+    ],
+)
+def test_an_implementation_for_other_devices_is_refused(implementation, segment, message):
+    with pytest.raises(ValueError, match=message):
+        attention.attention(*inputs(), IN_ORDER_POSITION, segment, implementation)
+
+
+@pytest.mark.parametrize(
+    "kind, platform, tokens, best",
+    [
+        ("TPU v5 lite", "tpu", 12, "tpu"),
+        ("TPU v6 lite", "tpu", 65_536, "tpu"),
+        ("TPU v3", "tpu", 65_536, "xla"),  # no tiles for it
+        ("NVIDIA H100 80GB HBM3", "gpu", 12, "gpu"),
+        ("cpu", "cpu", 2_048, "reference"),
+        ("cpu", "cpu", 2_049, "xla"),
+        ("", "", 65_536, "xla"),
+    ],
+)
+def test_auto_goes_by_the_devices_of_the_mesh(kind, platform, tokens, best):
+    assert attention._best(tokens, kind, platform) == best
+
+
+def test_kernels_run_interpreted_on_request():
+    args = (*inputs(4, 2, 64), IN_ORDER_POSITION)
+    want = attention.attention(*args, IN_ORDER, "reference")
+    for implementation in ("tpu_interpreted", "gpu_interpreted"):
+        got = attention.attention(*args, IN_ORDER, implementation)
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_rows_without_segments_are_one_document_each():
+    position = np.broadcast_to(np.arange(12), (2, 12))
+    want = attention.attention(*inputs(), position, np.ones((2, 12), np.int32))
+    np.testing.assert_array_equal(attention.attention(*inputs(), position, None), want)

@@ -19,15 +19,17 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has no pub
 from jax.experimental.pallas import tpu as pltpu
 from packed_rows import check, inputs, out_and_grads, row_ids
 
-from vibejax.kernels import flash_attention_tpu
-from vibejax.kernels.flash_attention_tpu import Tiles
+from vibejax.kernels import flash_attention_tpu, reference
+from vibejax.kernels.tiles import Tile, TpuTiles
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
-def kernel(query=8, key=16, interpret=STRICT):
+def kernel(forward=(8, 16), backward=(16, 8), interpret=STRICT):
+    tiles = TpuTiles(Tile(*forward), Tile(*backward), vmem_bytes=2**24)
+
     def attend(*args):
-        return flash_attention_tpu.attention(*args, Tiles(query, key), interpret)
+        return flash_attention_tpu.attention(*args, tiles, interpret)
 
     return attend
 
@@ -75,6 +77,21 @@ def test_any_layout_equals_the_reference(lengths, front, seed):
     check(FAST, inputs(81, D=64, seed=seed), row_ids(lengths, 81, front), 2e-6)
 
 
+def test_scores_far_above_those_of_the_queries_own_keys():
+    """Their weights overflow beside the reference of the row, which is done again, and it alone."""
+    q, k, v = inputs(70, D=64)
+    q, k = np.abs(q), np.abs(k) * np.float32(0.01)
+    k[:, 2] = 12.5  # scores near 80 at one key, below one at all others
+    ids = row_ids([60, 10], 70)
+    check(FAST, [x.astype(jnp.bfloat16) for x in (q, k, v)], ids, 2e-2)
+    want, *_ = out_and_grads(reference.attention, [q, k, v], ids)
+    out, *_ = out_and_grads(FAST, [q, k, v], ids)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    k[:, 2] = 0
+    calm, *_ = out_and_grads(FAST, [q, k, v], ids)
+    np.testing.assert_array_equal(np.asarray(out)[:, 60:], np.asarray(calm)[:, 60:])
+
+
 def test_two_rows_keep_apart():
     rows = [row_ids([5, 30], 40), row_ids([22, 3], 40, 4)]
     ids = tuple(np.concatenate(x) for x in zip(*rows, strict=True))
@@ -106,7 +123,7 @@ def test_documents_do_not_touch_each_other():
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_lowers_for_a_tpu_without_one(D, dtype):
     """Mosaic takes both kernels, and no float32 product is left at one bfloat16 pass."""
-    attend = kernel(128, 512, interpret=False)
+    attend = kernel((128, 512), (128, 512), interpret=False)
     q, k, v = (jax.ShapeDtypeStruct((1, 4096, heads, D), dtype) for heads in (16, 2, 2))
     ids = (jax.ShapeDtypeStruct((1, 4096), jnp.int32),) * 4
     run = functools.partial(out_and_grads.__wrapped__, attend)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vibejax import qwen2
+from vibejax import attention, qwen2
 from vibejax.losses.logprobs import token_logprobs
 from vibejax.rope import Rope
 
@@ -87,8 +87,9 @@ def test_training_rounds_no_float32_operand(dtype, remat):
 
 
 @pytest.mark.parametrize("remat, forwards", [("none", 1), ("attention", 1), ("full", 2)])
-def test_the_attention_policy_keeps_what_the_kernel_computed(remat, forwards):
+def test_the_attention_policy_keeps_what_the_kernel_computed(remat, forwards, monkeypatch):
     """Layers are scanned, so each kernel of a layer stands once in the program."""
+    monkeypatch.setattr(attention, "_device", lambda: ("TPU v5 lite", "tpu"))
     settings = {"dtype": "bfloat16", "remat": remat, "implementation": "tpu"}
     step = jax.value_and_grad(functools.partial(loss, **settings))
     module = lowered(step, params(jnp.float32), *row())

@@ -5,22 +5,36 @@ Shape suffixes: as in vibejax/kernels/reference.py.
 The mask is data: segment ids say which tokens belong together, positions say which come first.
 Over the `context` axis queries stay where they are, and keys and values are gathered.
 
-Implementations: `reference` holds all scores of a row, [T, T] a head; `xla` goes over them in
-blocks and skips those that hold no allowed pair, with memory linear in T; `tpu` is the same as a
-kernel, for TPUs alone. `auto` takes the reference for rows of at most `REFERENCE_TOKENS` tokens and
-`xla` for longer ones; nothing else takes one implementation for another.
+Implementations of rows:
+    reference: holds all scores of a row, [T, T] a head.
+    xla: goes over them in blocks and skips those that hold no allowed pair; memory linear in T.
+    tpu, gpu: the same as kernels, compiled for the chip of the mesh's devices.
+    tpu_interpreted, gpu_interpreted: those kernels step by step on a CPU, to look into them.
+    cudnn: cuDNN's kernel, for rows of one document each (`segment_BT` None).
+    auto: the kernels on a chip that has tiles; elsewhere the reference for rows of at most
+        `REFERENCE_TOKENS` tokens and `xla` for longer ones.
+Nothing else takes one implementation for another.
 """
 
-import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
-from vibejax.kernels import flash_attention_tpu, flash_attention_xla, reference
+from vibejax.kernels import (
+    flash_attention_gpu,
+    flash_attention_tpu,
+    flash_attention_xla,
+    reference,
+    tiles,
+)
 from vibejax.sharding import constrain, spec
 
-Implementation = Literal["auto", "reference", "xla", "tpu"]
+Implementation = Literal[
+    "auto", "reference", "xla", "tpu", "gpu", "tpu_interpreted", "gpu_interpreted", "cudnn"
+]
 REFERENCE_TOKENS = 2_048  # scores of 16 heads in float32: 256 MiB a row
+INTERPRETED_CHIP = "v5e"  # whose tiles are taken where there is no chip
 
 
 def attention(
@@ -28,7 +42,7 @@ def attention(
     k_BTKD: jax.Array,
     v_BTKD: jax.Array,
     position_BT: jax.Array,
-    segment_BT: jax.Array,
+    segment_BT: jax.Array | None,
     implementation: Implementation = "auto",
 ) -> jax.Array:
     """Causal grouped-query attention of packed rows to themselves.
@@ -38,31 +52,84 @@ def attention(
         k_BTKD: [B, T, K, D] keys, rotated, H a multiple of K.
         v_BTKD: [B, T, K, D] values.
         position_BT: [B, T] int32 position of each token in its document.
-        segment_BT: [B, T] int32 document of each token; 0 is padding.
-        implementation: see the module; `xla` needs each document to be one run, in order.
+        segment_BT: [B, T] int32 document of each token; 0 is padding. None: a row is one document.
+        implementation: see the module; all but `reference` need each document to be one run, in
+            order, and ids of at most T.
 
     Returns:
         [B, T, H, D] of q's dtype, zeros at padding.
 
     Raises:
         ValueError: the head counts do not divide, keys and values differ in shape, or the
-            implementation cannot take the dtypes or the head dimension.
+            implementation cannot take the dtypes, the head dimension or the mesh's devices.
     """
     _check_heads(q_BTHD.shape[2], k_BTKD.shape[2], k_BTKD.shape, v_BTKD.shape)
+    kind, platform = _device()
+    if implementation == "auto":
+        implementation = _best(q_BTHD.shape[1], kind, platform)
+    if implementation == "cudnn":
+        return _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, platform)
+    if segment_BT is None:
+        segment_BT = jnp.ones(q_BTHD.shape[:2], jnp.int32)
     k_BSKD = constrain(k_BTKD, "batch", None, "kv_heads", None)
     v_BSKD = constrain(v_BTKD, "batch", None, "kv_heads", None)
     kv_position_BS = constrain(position_BT, "batch", None)
     kv_segment_BS = constrain(segment_BT, "batch", None)
     arrays = (q_BTHD, k_BSKD, v_BSKD, position_BT, segment_BT, kv_position_BS, kv_segment_BS)
-    if implementation == "auto":
-        implementation = "reference" if q_BTHD.shape[1] <= REFERENCE_TOKENS else "xla"
     if implementation == "reference":
         return reference.attention(*arrays)
     if implementation == "xla":
         return _per_device(flash_attention_xla.attention)(*arrays)
-    tiles = flash_attention_tpu.tiles_for(q_BTHD, k_BTKD, v_BTKD)
-    attend = functools.partial(flash_attention_tpu.attention, tiles=tiles)
-    return _per_device(lambda *a: attend(*a))(*arrays)
+    backend, _, interpreted = implementation.partition("_")
+    if not interpreted and platform != backend:
+        raise ValueError(
+            f"attention {implementation!r}: the mesh's devices are {platform or 'none'}"
+        )
+    if backend == "tpu":
+        chip = INTERPRETED_CHIP if interpreted else tiles.tpu_chip(kind)
+        sizes = flash_attention_tpu.tiles_for(q_BTHD, k_BTKD, v_BTKD, chip)
+        kernel = flash_attention_tpu.attention
+    else:
+        sizes = flash_attention_gpu.tiles_for(q_BTHD, k_BTKD, v_BTKD, tiles.gpu_capability(kind))
+        kernel = flash_attention_gpu.attention
+    return _per_device(lambda *args: kernel(*args, sizes, bool(interpreted)))(*arrays)
+
+
+def _device() -> tuple[str, str]:
+    """Kind and platform of the mesh's devices, empty without a mesh.
+
+    `jax.devices()` names the CPU while a program is compiled for a chip that is not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.device_kind, device.platform) if device else ("", "")
+
+
+def _best(tokens: int, kind: str, platform: str) -> Implementation:
+    if platform == "tpu" and kind in tiles.TPU_CHIPS:
+        return "tpu"
+    if platform == "gpu":
+        return "gpu"
+    return "reference" if tokens <= REFERENCE_TOKENS else "xla"
+
+
+def _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, platform):
+    if segment_BT is not None:
+        raise ValueError(
+            "attention 'cudnn': must be rows of one document each (segment_BT None); with segment "
+            "ids it would hold a mask of [T, T]"
+        )
+    if platform != "gpu":
+        raise ValueError(f"attention 'cudnn': the mesh's devices are {platform or 'none'}")
+    heads = spec("batch", None, "heads", None), spec("batch", None, "kv_heads", None)
+    attend = jax.shard_map(
+        lambda q, k, v: jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation="cudnn"
+        ),
+        in_specs=(heads[0], heads[1], heads[1]),
+        out_specs=heads[0],
+        check_vma=False,
+    )
+    return attend(q_BTHD, k_BTKD, v_BTKD)
 
 
 def _per_device(attend):

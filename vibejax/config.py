@@ -79,9 +79,14 @@ class TrainConfig(Section):
         "none", "what is recomputed in the backward pass; see qwen2.hidden_states"
     )
     dtype: Dtype = _field("float32", "of the computation; masters and sums are float32 anyway")
-    attention: Literal["auto", "reference", "xla", "tpu"] = _field(
-        "auto", "implementation of attention; see vibejax.attention"
-    )
+
+
+class AttentionConfig(Section):
+    """How attention is computed; no choice here changes the result."""
+
+    implementation: Literal[
+        "auto", "reference", "xla", "tpu", "gpu", "tpu_interpreted", "gpu_interpreted"
+    ] = _field("auto", "over packed rows; see vibejax.attention")
 
 
 class RolloutConfig(Section):
@@ -199,6 +204,7 @@ class RlConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    attention: AttentionConfig = AttentionConfig()
     verifiers: VerifiersConfig = VerifiersConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -237,6 +243,7 @@ class SftConfig(Section):
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    attention: AttentionConfig = AttentionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")

@@ -296,8 +296,14 @@ def update(
 
 def _logprobs(params: Params, rows: train.Batch, model: ModelConfig, config: RlConfig):
     """Log-probs under the distribution that the sampler draws from, top-p and top-k apart."""
-    temperature = config.rollout.temperature
-    return train.row_logprobs(params, rows, model, config.train, temperature=temperature)
+    return train.row_logprobs(
+        params,
+        rows,
+        model,
+        config.train,
+        implementation=config.attention.implementation,
+        temperature=config.rollout.temperature,
+    )
 
 
 def _agreement(documents: Sequence[Document], logprobs, objective) -> dict[str, float]:

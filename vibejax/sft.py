@@ -124,7 +124,10 @@ def _batch(documents, config: SftConfig, step: int) -> list[Document]:
 
 def _loss(model: qwen2.ModelConfig, config: SftConfig):
     def loss_fn(params, rows):
-        logprob_BT = train.row_logprobs(params, rows, model, config.train).logprob_BT
+        implementation = config.attention.implementation
+        logprob_BT = train.row_logprobs(
+            params, rows, model, config.train, implementation=implementation
+        ).logprob_BT
         loss, metrics = nll_loss(logprob_BT, rows["weight"])
         return loss, (metrics, logprob_BT)
 

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from vibejax import packing, qwen2, sharding
+from vibejax.attention import Implementation
 from vibejax.config import TrainConfig
 from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
 from vibejax.packing import Document
@@ -142,6 +143,7 @@ def row_logprobs(
     model: ModelConfig,
     config: TrainConfig,
     *,
+    implementation: Implementation = "auto",
     temperature: float = 1.0,
 ) -> TokenLogprobs:
     """What the policy says of the targets of packed rows, where their loss weight is not 0."""
@@ -153,7 +155,7 @@ def row_logprobs(
         model,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
-        implementation=config.attention,
+        implementation=implementation,
     )
     head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
     return token_logprobs(

@@ -1,0 +1,122 @@
+"""Tile sizes of the kernels, chip by chip.
+
+The sizes are those with the fewest cycles in a static replay of what the compiler made of each
+(`tests/benchmarks/attention.py`; an optimistic model, good for ranking sizes on one chip), among
+those that leave the copies of a tile at most half of its time. Sizes are given in rows, the query
+tokens of a tile times the query heads that share its keys.
+"""
+
+from typing import NamedTuple
+
+MIB = 2**20
+LANES = 128  # of a vector register: query tokens of a tile are a multiple of them
+
+
+class Tile(NamedTuple):
+    """Tokens of a query tile and of a key tile."""
+
+    query: int
+    key: int
+
+
+class TpuTiles(NamedTuple):
+    """Of one chip, for one shape of heads.
+
+    Attributes:
+        forward: tile of the forward kernel.
+        backward: tile of the backward kernel.
+        vmem_bytes: what either may take of the on-chip memory.
+    """
+
+    forward: Tile
+    backward: Tile
+    vmem_bytes: int
+
+
+TPU_CHIPS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+"""What JAX calls a device, and the name of its chip."""
+
+# Rows and key tokens, forward and backward, for bfloat16 heads of at most 128, and the share of
+# the on-chip memory (16 MiB on v4, 64 a core on v5p and tpu7x, 128 on v5e and v6e) that a kernel
+# may take; the rest is the compiler's.
+_TPU = {
+    "v4": ((1024, 512), (1024, 512), 14 * MIB),
+    "v5e": ((2048, 512), (1024, 1024), 64 * MIB),
+    "v5p": ((2048, 512), (1024, 1024), 48 * MIB),
+    "v6e": ((2048, 512), (1024, 1024), 64 * MIB),
+    "tpu7x": ((2048, 512), (1024, 1024), 48 * MIB),
+}
+
+LARGE_GPUS = ("H100", "H200", "GH200", "H20 ", "B100", "B200", "B300")
+"""In the name of a GPU: compute capability 9 or more, tiles of Hopper's matrix instructions."""
+
+
+def gpu_capability(device_kind: str) -> int:
+    """The major compute capability whose tiles a GPU takes: 9, or 8 for all others."""
+    return 9 if any(name in device_kind for name in LARGE_GPUS) else 8
+
+
+def tpu_chip(device_kind: str) -> str:
+    """The chip of what JAX calls a device.
+
+    Raises:
+        ValueError: there are no tiles for it.
+    """
+    if device_kind not in TPU_CHIPS:
+        raise ValueError(f"no tiles for {device_kind!r}; there are for {', '.join(TPU_CHIPS)}")
+    return TPU_CHIPS[device_kind]
+
+
+def tpu_tiles(chip: str, dtype: str, head_dim: int, group: int) -> TpuTiles:
+    """The tiles of the TPU kernels.
+
+    Args:
+        chip: a value of `TPU_CHIPS`.
+        dtype: bfloat16 or float32, of queries, keys and values.
+        head_dim: a multiple of 64, at most 256.
+        group: query heads a key/value head.
+
+    Raises:
+        ValueError: there are no tiles for the chip, or the smallest exceed its on-chip memory.
+    """
+    if chip not in _TPU:
+        raise ValueError(f"no tiles for chip {chip!r}; there are for {', '.join(_TPU)}")
+    *sizes, vmem_bytes = _TPU[chip]
+    if dtype == "float32" or head_dim > 128:  # operands take twice the room
+        sizes = [(rows // 2, keys // 2) for rows, keys in sizes]
+    forward, backward = (Tile(max(LANES, r // group // LANES * LANES), k) for r, k in sizes)
+    tiles = TpuTiles(forward, backward, vmem_bytes)
+    check_vmem(tiles, dtype, head_dim, group)
+    return tiles
+
+
+def check_vmem(tiles: TpuTiles, dtype: str, head_dim: int, group: int) -> None:
+    """Raises ValueError, with the sizes, if a kernel's tiles need more memory than it may take.
+
+    The count is of the kernel's buffers, and of its scores as if none of them stayed in registers.
+    """
+    width = {"bfloat16": 2, "float32": 4}[dtype]
+    for name, tile in (("forward", tiles.forward), ("backward", tiles.backward)):
+        rows, scores = group * tile.query, group * tile.query * tile.key
+        if name == "forward":  # q and the output, k and v, each twice; the sums; scores and weights
+            needed = 4 * (rows + tile.key) * head_dim * width
+            needed += rows * (head_dim + 32) * 4 + scores * (4 + width)
+        else:  # q, dout, k, v, dk, dv and dq, the sums; weights and their gradients
+            needed = (4 * rows + 8 * tile.key) * head_dim * width
+            needed += (4 * rows + 2 * tile.key) * head_dim * 4 + rows * 32 * 4
+            needed += 2 * scores * (4 + width)
+        if needed > tiles.vmem_bytes:
+            raise ValueError(
+                f"{name} tile of {tile.query} x {tile.key} tokens, {group} query heads of "
+                f"{head_dim}, {dtype}: needs {needed / MIB:.1f} MiB of on-chip memory, "
+                f"must be at most {tiles.vmem_bytes / MIB:.1f}"
+            )
