@@ -53,3 +53,17 @@ def check(attend, arrays, ids, tolerance):
     for g, w in zip(got, want, strict=True):
         g, w = np.asarray(g, np.float32), np.asarray(w)
         np.testing.assert_allclose(g, w, atol=tolerance * max(1.0, np.abs(w).max()))
+
+
+def kernel_products(jaxpr, inside=False):
+    """Every dot_general inside the Pallas kernels of a program; lowered text holds only bytecode."""
+    found = []
+    for equation in jaxpr.eqns:
+        if inside and equation.primitive.name == "dot_general":
+            found.append(equation)
+        within = inside or equation.primitive.name == "pallas_call"
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += kernel_products(inner, within)
+    return found

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has no public name for races
 from jax.experimental.pallas import tpu as pltpu
-from packed_rows import check, inputs, out_and_grads, row_ids
+from packed_rows import check, inputs, kernel_products, out_and_grads, row_ids
 
 from vibejax.kernels import flash_attention_tpu, reference
 from vibejax.kernels.tiles import Tile, TpuTiles
@@ -122,12 +122,19 @@ def test_documents_do_not_touch_each_other():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_lowers_for_a_tpu_without_one(D, dtype):
-    """Mosaic takes both kernels, and no float32 product is left at one bfloat16 pass."""
+    """Mosaic takes both kernels, and no float32 product in them is left at one bfloat16 pass."""
     attend = kernel((128, 512), (128, 512), interpret=False)
     q, k, v = (jax.ShapeDtypeStruct((1, 4096, heads, D), dtype) for heads in (16, 2, 2))
     ids = (jax.ShapeDtypeStruct((1, 4096), jnp.int32),) * 4
     run = functools.partial(out_and_grads.__wrapped__, attend)
     exported = jax.export.export(jax.jit(run), platforms=["tpu"])((q, k, v), ids)
+    products = kernel_products(jax.make_jaxpr(run)((q, k, v), ids).jaxpr)
+    assert len(products) == 2 * 2 + 2 * 5  # each kernel has a body with a mask and one without
+    exact = (jax.lax.Precision.HIGHEST,) * 2
+    for product in products:
+        operands = {x.aval.dtype for x in product.invars}
+        assert operands == {jnp.dtype(dtype)}
+        assert dtype != jnp.float32 or product.params["precision"] == exact
     text = exported.mlir_module()
     assert text.count("flash_attention_forward") >= 1
     assert text.count("flash_attention_backward") >= 1

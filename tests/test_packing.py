@@ -70,3 +70,12 @@ def test_last_microbatch_is_filled_with_padding():
     assert [real for _, real in parts] == [2, 2, 1]
     assert {part["token"].shape for part, _ in parts} == {(2, 2)}
     np.testing.assert_array_equal(parts[2][0]["segment"][1], 0)
+
+
+def test_a_segment_in_two_runs_is_refused():
+    rows = {"token": np.zeros((2, 6), np.int32)}
+    rows["segment"] = np.array([[1, 1, 0, 2, 2, 0], [1, 1, 2, 1, 0, 0]])
+    with pytest.raises(ValueError, match="row 1: segment 1 must be one run of tokens"):
+        list(packing.microbatches(rows, 1))
+    rows["segment"][1, 3] = 0
+    assert len(list(packing.microbatches(rows, 1))) == 2

@@ -102,13 +102,28 @@ def microbatches(rows: Rows, size: int) -> Iterator[tuple[Rows, int]]:
 
     Yields:
         The micro-batch, and how many of its rows are real.
+
+    Raises:
+        ValueError: a segment id is not one run; the attention kernels, which see it traced, would
+            take two documents for one.
     """
+    check_runs(rows["segment"])
     count = len(rows["token"])
     for start in range(0, count, size):
         part = {name: x_BT[start : start + size] for name, x_BT in rows.items()}
         real = len(part["token"])
         filler = ((0, size - real), (0, 0))
         yield {name: np.pad(x_BT, filler) for name, x_BT in part.items()}, real
+
+
+def check_runs(segment_BT: np.ndarray) -> None:
+    """Raises ValueError, with row and id, where a segment id (0, padding, apart) is not one run."""
+    for row, segment_T in enumerate(segment_BT):
+        starts_T = np.flatnonzero(np.diff(segment_T, prepend=0) != 0)
+        ids, runs = np.unique(segment_T[starts_T], return_counts=True)
+        broken = ids[(runs > 1) & (ids != 0)]
+        if len(broken):
+            raise ValueError(f"row {row}: segment {broken[0]} must be one run of tokens")
 
 
 def _places(documents, row_plan) -> Iterator[tuple[int, int, int, Document]]:

@@ -20,7 +20,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     "length": "context",
     # parameters and the activations they touch
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "context"),  # devices that share a row share the masters too
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,

@@ -115,15 +115,18 @@ def make_train_step(
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before step 0; moments lie as their parameters do. `params` are donated."""
+    out = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
+    init = lambda params: _first_state(params, optimizer)  # noqa: E731 - jit wants it bound
+    return jax.jit(init, donate_argnums=0, out_shardings=out)(params)
 
-    def init(params: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
+def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of a state, from arrays or shapes that have shardings."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    abstract = jax.eval_shape(lambda params: _first_state(params, optimizer), shapes)
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    abstract = jax.eval_shape(init, params)
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    everywhere = sharding.replicated(mesh)
-    out = TrainState(
+    everywhere = sharding.replicated(jax.tree.leaves(shardings)[0].mesh)
+    placed = TrainState(
         everywhere,
         shardings,
         optax.tree.map_params(
@@ -134,7 +137,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
             transform_non_params=lambda _: everywhere,
         ),
     )
-    return jax.jit(init, donate_argnums=0, out_shardings=out)(params)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
+    )
+
+
+def _first_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def row_logprobs(

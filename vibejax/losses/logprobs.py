@@ -177,8 +177,8 @@ def _local_backward(settings, sharded, x_BTE, head_VE, target_BT, needed_BT, lse
     dx_BTE = join(dx)
     if sharded:
         dx_BTE = jax.lax.psum(dx_BTE.astype(jnp.float32), mesh_axes("vocab")).astype(x_BTE.dtype)
-        (scattered,) = mesh_axes("embed")
-        others = {*mesh_axes("batch"), *mesh_axes("length")} - {scattered}
+        scattered = mesh_axes("embed")
+        others = {*mesh_axes("batch"), *mesh_axes("length")} - set(scattered)
         dhead_VE = jax.lax.psum(dhead_VE, tuple(sorted(others)))
         dhead_VE = jax.lax.psum_scatter(dhead_VE, scattered, scatter_dimension=1, tiled=True)
     return dx_BTE, dhead_VE
