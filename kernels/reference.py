@@ -1,11 +1,14 @@
 """Plain jax.numpy definitions of what the kernels compute: the oracle of every kernel test.
 
 Shape suffixes: B rows, T query tokens, S key tokens, H query heads, K key/value heads (H a
-multiple of K), G = H / K query heads of one key/value head, D head dimension.
+multiple of K), G = H / K query heads of one key/value head, D head dimension; M entries of a row of
+the page table.
 """
 
 import jax
 import jax.numpy as jnp
+
+from vibejax.kernels import pages as pages_
 
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, while exp(-inf - -inf) is NaN
 
@@ -63,6 +66,41 @@ def decode_attention(
     score_BKGS = jnp.where(visible_BS[:, None, None], score_BKGS, MASKED)
     weight_BKGS = jax.nn.softmax(score_BKGS, axis=-1).astype(v_BKSD.dtype)
     return product("BKGS,BKSD->BKGD", weight_BKGS, v_BKSD).astype(q_BHD.dtype).reshape(B, H, D)
+
+
+def paged_attention(
+    q_BTHD: jax.Array, pages: pages_.Pages, table_BM: jax.Array, length_B: jax.Array
+) -> jax.Array:
+    """Attention of each sequence's last tokens over its cached ones; softmax in float32.
+
+    Materializes the keys and values of whole table rows, and all scores.
+
+    Args:
+        q_BTHD: [B, T, H, D] queries of the last T of a sequence's cached tokens, H a multiple of K.
+        pages: the pool, of q's dtype or int8.
+        table_BM: [B, M] int32: token j of sequence b is in page table[b, j // s]. Entries beyond a
+            sequence's tokens may be anything, and so may the pool where no token is.
+        length_B: [B] int32 cached tokens, the T among them, at most M * s. 0 is an idle slot.
+
+    Returns:
+        [B, T, H, D] of q's dtype; zeros for idle slots and for queries before the first token.
+    """
+    B, T, H, D = q_BTHD.shape
+    k_BSKD, v_BSKD = pages_.read(pages, table_BM)
+    S, K = k_BSKD.shape[1:3]
+    dtype = jnp.promote_types(q_BTHD.dtype, k_BSKD.dtype)
+    q_BTKGD = (q_BTHD.astype(dtype) * jnp.asarray(D**-0.5, dtype)).reshape(B, T, K, H // K, D)
+    key_S = jnp.arange(S)
+    live_BS = key_S[None] < length_B[:, None]
+    position_BT = length_B[:, None] - T + jnp.arange(T)[None]
+    visible_BTS = live_BS[:, None] & (key_S[None, None] <= position_BT[:, :, None])
+    k_BSKD, v_BSKD = (jnp.where(live_BS[:, :, None, None], x, 0) for x in (k_BSKD, v_BSKD))
+    score_BKGTS = product("BTKGD,BSKD->BKGTS", q_BTKGD, k_BSKD)
+    score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED)
+    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(dtype)
+    out_BTKGD = product("BKGTS,BSKD->BTKGD", weight_BKGTS, v_BSKD)
+    out_BTHD = out_BTKGD.reshape(B, T, H, D).astype(q_BTHD.dtype)
+    return jnp.where((position_BT >= 0)[:, :, None, None], out_BTHD, 0)
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ def check(attend, arrays, ids, tolerance):
 
 
 def kernel_products(jaxpr, inside=False):
-    """Every dot_general inside the Pallas kernels of a program; lowered text holds only bytecode."""
+    """Every dot_general inside the Pallas kernels of a program: lowered text holds bytecode."""
     found = []
     for equation in jaxpr.eqns:
         if inside and equation.primitive.name == "dot_general":

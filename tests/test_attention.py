@@ -1,9 +1,13 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import paged_rows
 import pytest
 
 from vibejax import attention, sharding
+from vibejax.kernels import reference
 
 # Two rows of packed documents. Row 0 ends in padding; row 1 holds its three documents in pieces
 # and out of order, as a row cut over the `context` axis does.
@@ -181,6 +185,26 @@ def test_xla_equals_the_reference_on_every_mesh(sizes):
         np.testing.assert_allclose(g, w, atol=2e-6)
 
 
+def test_rows_in_another_order_are_put_back_for_the_keys():
+    """Outputs and gradients, as `packing.spread` may lay a row over two context shards."""
+    place = np.r_[6:12, 0:6]
+
+    def run(args, ids, *options):
+        def total(q, k, v):
+            out = attention.attention(q, k, v, *ids, *options)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.tree.leaves(jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*args))
+
+    want = run(inputs(), (IN_ORDER_POSITION, IN_ORDER), "reference")
+    moved = [x[:, place] for x in inputs()]
+    ids = IN_ORDER_POSITION[:, place], IN_ORDER[:, place]
+    with jax.set_mesh(sharding.make_mesh({"context": 2, "tensor": 2}, jax.devices()[:4])):
+        got = run(moved, ids, "xla", np.broadcast_to(place, (2, 12)))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, np.asarray(w)[:, place], atol=2e-6)
+
+
 def test_long_rows_take_the_implementation_that_holds_no_scores(monkeypatch):
     monkeypatch.setattr(attention, "REFERENCE_TOKENS", 11)
     args = (*inputs(), IN_ORDER_POSITION, IN_ORDER)
@@ -246,3 +270,40 @@ def test_rows_without_segments_are_one_document_each():
     position = np.broadcast_to(np.arange(12), (2, 12))
     want = attention.attention(*inputs(), position, np.ones((2, 12), np.int32))
     np.testing.assert_array_equal(attention.attention(*inputs(), position, None), want)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("shared", [None, (1, 0)], ids=["plain", "prefix"])
+def test_paged_attention_on_every_mesh(sizes, shared):
+    """Each device of `data` has its own half of the pages, which its table counts from 0."""
+    cases = [paged_rows.case((40, 36, 0, 33), shared=shared, seed=seed) for seed in (0, 1)]
+    want = np.concatenate([reference.paged_attention(*case[:4]) for case in cases])
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x), *(case[:5] for case in cases))
+    if sizes:
+        with jax.set_mesh(sharding.make_mesh(sizes, jax.devices()[:4])):
+            got = jax.jit(lambda *a: attention.paged_attention(*a, group=cases[0].group))(*joined)
+    else:
+        run = functools.partial(attention.paged_attention, group=cases[0].group)
+        got = np.concatenate([run(*case[:5]) for case in cases])
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu_interpreted", "gpu_interpreted"])
+def test_paged_attention_by_name(implementation):
+    case = paged_rows.case((40, 36, 0, 33))
+    want = attention.paged_attention(*case[:4])
+    got = attention.paged_attention(*case[:4], implementation=implementation)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_paged_attention_refuses_what_does_not_fit():
+    case = paged_rows.case((40, 36))
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
+        attention.paged_attention(case.q_BTHD[:, :, :3], *case[1:4])
+    with pytest.raises(ValueError, match="attention 'tpu': the mesh's devices are none"):
+        attention.paged_attention(*case[:4], implementation="tpu")
+    with pytest.raises(ValueError, match="'cudnn': must be tpu, gpu, xla or reference over pages"):
+        attention.paged_attention(*case[:4], implementation="cudnn")
+    odd = paged_rows.case((9, 7), s=10)
+    with pytest.raises(ValueError, match="pages of 10 tokens of float32: must be a multiple of 8"):
+        attention.paged_attention(*odd[:4], implementation="tpu_interpreted")

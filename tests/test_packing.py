@@ -79,3 +79,24 @@ def test_a_segment_in_two_runs_is_refused():
         list(packing.microbatches(rows, 1))
     rows["segment"][1, 3] = 0
     assert len(list(packing.microbatches(rows, 1))) == 2
+
+
+def test_spread_balances_the_work_of_context_shards():
+    """One causal document: in order the last quarter sees 7/16 of all pairs."""
+    whole = packing.pack([document([1] * 4_096, [1] * 4_096)], [[0]], 4_096)
+    rows = packing.spread(whole, 4)
+    work = (rows["position"] + 1).reshape(4, -1).sum(axis=1)
+    assert work.max() / work.mean() < 1.01
+    assert (work.sum(), rows["token"].sum()) == (4_096 * 4_097 // 2, 4_096)
+    np.testing.assert_array_equal(packing.gather(rows["position"], rows["place"])[0], range(4_096))
+
+
+def test_spread_keeps_chunks_whole_and_rows_together():
+    documents = [document(range(n), [1] * n) for n in (700, 900, 2_500)]
+    rows = packing.pack(documents, [[2, 1], [0]], 4_096)
+    spread = packing.spread(rows, 2)
+    assert (np.diff(spread["place"].reshape(2, 8, 512), axis=2) == 1).all()
+    for name in rows:
+        np.testing.assert_array_equal(packing.gather(spread[name], spread["place"]), rows[name])
+    with pytest.raises(ValueError, match="4096 tokens on 3 context shards"):
+        packing.spread(rows, 3)

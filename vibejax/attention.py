@@ -16,19 +16,25 @@ Implementations of rows:
 Nothing else takes one implementation for another.
 """
 
+import functools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from vibejax.kernels import (
+    decode_attention_gpu,
+    decode_attention_tpu,
+    decode_attention_xla,
     flash_attention_gpu,
     flash_attention_tpu,
     flash_attention_xla,
     reference,
     tiles,
 )
-from vibejax.sharding import constrain, spec
+from vibejax.kernels.pages import Pages
+from vibejax.sharding import constrain, context_chunk, mesh_axes, spec
 
 Implementation = Literal[
     "auto", "reference", "xla", "tpu", "gpu", "tpu_interpreted", "gpu_interpreted", "cudnn"
@@ -44,6 +50,7 @@ def attention(
     position_BT: jax.Array,
     segment_BT: jax.Array | None,
     implementation: Implementation = "auto",
+    place_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of packed rows to themselves.
 
@@ -55,6 +62,8 @@ def attention(
         segment_BT: [B, T] int32 document of each token; 0 is padding. None: a row is one document.
         implementation: see the module; all but `reference` need each document to be one run, in
             order, and ids of at most T.
+        place_BT: [B, T] int32 where in its row each token belongs, where `packing.spread` put the
+            rows' tokens in another order, in chunks of `sharding.context_chunk`.
 
     Returns:
         [B, T, H, D] of q's dtype, zeros at padding.
@@ -71,10 +80,10 @@ def attention(
         return _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, platform)
     if segment_BT is None:
         segment_BT = jnp.ones(q_BTHD.shape[:2], jnp.int32)
-    k_BSKD = constrain(k_BTKD, "batch", None, "kv_heads", None)
-    v_BSKD = constrain(v_BTKD, "batch", None, "kv_heads", None)
-    kv_position_BS = constrain(position_BT, "batch", None)
-    kv_segment_BS = constrain(segment_BT, "batch", None)
+    k_BSKD = _in_row_order(constrain(k_BTKD, "batch", None, "kv_heads", None), place_BT)
+    v_BSKD = _in_row_order(constrain(v_BTKD, "batch", None, "kv_heads", None), place_BT)
+    kv_position_BS = _in_row_order(constrain(position_BT, "batch", None), place_BT)
+    kv_segment_BS = _in_row_order(constrain(segment_BT, "batch", None), place_BT)
     arrays = (q_BTHD, k_BSKD, v_BSKD, position_BT, segment_BT, kv_position_BS, kv_segment_BS)
     if implementation == "reference":
         return reference.attention(*arrays)
@@ -93,6 +102,19 @@ def attention(
         sizes = flash_attention_gpu.tiles_for(q_BTHD, k_BTKD, v_BTKD, tiles.gpu_capability(kind))
         kernel = flash_attention_gpu.attention
     return _per_device(lambda *args: kernel(*args, sizes, bool(interpreted)))(*arrays)
+
+
+def _in_row_order(x_BT: jax.Array, place_BT: jax.Array | None) -> jax.Array:
+    """`x` of the whole row, [B, T, ...], with its chunks where they belong."""
+    if place_BT is None:
+        return x_BT
+    B, T = place_BT.shape
+    sizes = jax.sharding.get_abstract_mesh().shape
+    chunk = context_chunk(T, math.prod(sizes[axis] for axis in mesh_axes("length")))
+    order_BC = jnp.argsort(constrain(place_BT, "batch", None)[:, ::chunk], axis=1)
+    x_BCt = x_BT.reshape(B, T // chunk, chunk, *x_BT.shape[2:])
+    index = order_BC.reshape(B, -1, *(1,) * (x_BCt.ndim - 2))
+    return jnp.take_along_axis(x_BCt, index, axis=1).reshape(x_BT.shape)
 
 
 def _device() -> tuple[str, str]:
@@ -145,6 +167,73 @@ def _per_device(attend):
         out_specs=queries,
         check_vma=False,
     )
+
+
+def paged_attention(
+    q_BTHD: jax.Array,
+    pages: Pages,
+    table_BM: jax.Array,
+    length_B: jax.Array,
+    shared_G: jax.Array | None = None,
+    group: int = 1,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Attention of the last tokens of each sequence over its cached ones.
+
+    On a mesh each device has its own sequences and pages (`batch`) and its own heads (`tensor`):
+    a page table names the pages of its device.
+
+    Args:
+        q_BTHD: [B, T, H, D] queries, rotated: of the last T tokens of each sequence.
+        pages: the pool, see `vibejax.kernels.pages`; of q's dtype, or int8 with scales.
+        table_BM: [B, M] int32 pages of each sequence in order; entries past its length are free.
+        length_B: [B] int32 cached tokens, the queries' among them; 0 is an idle slot.
+        shared_G: [B / group] int32, how many of their first pages all live sequences of a group
+            have in common: these are read once a group. None: each sequence reads its own.
+        group: sequences of a group, adjacent ones.
+        implementation: as for rows; `auto` takes `xla` where there is no kernel.
+
+    Returns:
+        [B, T, H, D] of q's dtype; zeros for idle slots and for queries before the first token.
+
+    Raises:
+        ValueError: the arguments do not fit together, or the kernel cannot take the dtypes, the
+            head dimension, the page size or the mesh's devices.
+    """
+    kind, platform = _device()
+    if implementation == "auto":
+        best = _best(REFERENCE_TOKENS + 1, kind, platform)
+        implementation = best if best in ("tpu", "gpu") else "xla"
+    backend, _, interpreted = implementation.partition("_")
+    if backend in ("tpu", "gpu") and not interpreted and platform != backend:
+        raise ValueError(
+            f"attention {implementation!r}: the mesh's devices are {platform or 'none'}"
+        )
+    if backend == "cudnn":
+        raise ValueError("attention 'cudnn': must be tpu, gpu, xla or reference over pages")
+    kernels = {"tpu": decode_attention_tpu, "gpu": decode_attention_gpu}
+    if backend == "reference":
+        decode_attention_xla.check(q_BTHD, pages, table_BM, length_B, shared_G, group)
+        attend = lambda *args: reference.paged_attention(*args[:4])  # noqa: E731
+    elif backend == "xla":
+        attend = functools.partial(decode_attention_xla.paged_attention, group=group)
+    else:
+        attend = functools.partial(
+            kernels[backend].paged_attention, group=group, interpret=bool(interpreted)
+        )
+    arrays = (q_BTHD, pages, table_BM, length_B, shared_G)
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(*arrays)
+    queries, pool = spec("batch", None, "heads", None), spec("batch", "kv_heads", None, None)
+    of_sequence = spec("batch")
+    scales = None if pages.scale_PKal is None else pool
+    groups = None if shared_G is None else of_sequence
+    return jax.shard_map(
+        attend,
+        in_specs=(queries, Pages(pool, scales), spec("batch", None), of_sequence, groups),
+        out_specs=queries,
+        check_vma=False,
+    )(*arrays)
 
 
 def decode_attention(

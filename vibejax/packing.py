@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from vibejax.sharding import context_chunk
+
 Rows = dict[str, np.ndarray]
 
 
@@ -85,6 +87,54 @@ def pack(documents: Sequence[Document], row_plan: list[list[int]], row_tokens: i
     return rows
 
 
+def spread(rows: Rows, shards: int) -> Rows:
+    """The rows with their tokens in the order in which context shards hold them.
+
+    A causal row costs its last part most. Chunks of a row go to shards in equal number, heaviest
+    first to the shard with the least work so far, so that all wait for each other the least; work
+    is the keys that a chunk's tokens see.
+
+    Args:
+        rows: as `pack` returns them.
+        shards: of the `context` axis, which cuts rows in equal contiguous parts.
+
+    Returns:
+        `rows` in that order, and `place`, [B, T] int32: where in its row each token belongs.
+
+    Raises:
+        ValueError: a shard's part of a row is not a whole number of chunks, or a segment id is not
+            one run.
+    """
+    check_runs(rows["segment"])
+    B, T = rows["segment"].shape
+    chunk = context_chunk(T, shards)
+    work_BT = np.where(rows["segment"] > 0, rows["position"] + 1, 0)
+    work_BC = work_BT.reshape(B, -1, chunk).sum(axis=-1, dtype=np.int64)
+    order_BC = np.stack([_balanced(work_C, shards) for work_C in work_BC])
+    place_BT = (order_BC[:, :, None] * chunk + np.arange(chunk)).reshape(B, T)
+    out = {name: np.take_along_axis(x_BT, place_BT, axis=1) for name, x_BT in rows.items()}
+    return out | {"place": place_BT.astype(np.int32)}
+
+
+def _balanced(work_C: np.ndarray, shards: int) -> np.ndarray:
+    """The chunks of one row, shard after shard, in row order within each."""
+    room = len(work_C) // shards
+    parts: list[list[int]] = [[] for _ in range(shards)]
+    load = [0] * shards
+    for index in sorted(range(len(work_C)), key=lambda c: (-work_C[c], c)):
+        shard = min((s for s in range(shards) if len(parts[s]) < room), key=lambda s: (load[s], s))
+        parts[shard].append(index)
+        load[shard] += int(work_C[index])
+    return np.concatenate([sorted(part) for part in parts])
+
+
+def gather(value_BT: np.ndarray, place_BT: np.ndarray) -> np.ndarray:
+    """Values of rows from `spread`, back in the order of the rows."""
+    out = np.empty_like(value_BT)
+    np.put_along_axis(out, place_BT, value_BT, axis=1)
+    return out
+
+
 def unpack(
     value_BT: np.ndarray, documents: Sequence[Document], row_plan: list[list[int]]
 ) -> list[np.ndarray]:
@@ -107,7 +157,8 @@ def microbatches(rows: Rows, size: int) -> Iterator[tuple[Rows, int]]:
         ValueError: a segment id is not one run; the attention kernels, which see it traced, would
             take two documents for one.
     """
-    check_runs(rows["segment"])
+    if "place" not in rows:
+        check_runs(rows["segment"])
     count = len(rows["token"])
     for start in range(0, count, size):
         part = {name: x_BT[start : start + size] for name, x_BT in rows.items()}

@@ -214,6 +214,7 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     implementation: Implementation = "auto",
+    place_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Normed outputs of the last layer; `losses.logprobs` turns them into log-probabilities.
 
@@ -228,11 +229,12 @@ def hidden_states(
             keeps the attention output, `offload` the layer inputs in host memory, `full` the
             layer inputs on the device.
         implementation: of attention; see `vibejax.attention`.
+        place_BT: [B, T] int32 where in its row each token belongs; None: where it is.
 
     Returns:
         [B, T, E] of `dtype`.
     """
-    rows = (token_BT, position_BT, segment_BT)
+    rows = (token_BT, position_BT, segment_BT, place_BT)
     x_BTE, _ = _layers(params, *rows, config, dtype, remat, implementation, keep_kv=False)
     return x_BTE
 
@@ -252,20 +254,23 @@ def prefill(
         [B, T, E] of `dtype`; keys [B, K, D, T] and values [B, K, T, D] of `dtype`: a list over
         the layers where `params` are as `unstack` returns them, else stacked.
     """
-    rows = (token_BT, position_BT, segment_BT)
+    rows = (token_BT, position_BT, segment_BT, None)
     return _layers(params, *rows, config, dtype, "none", "auto", keep_kv=True)
 
 
 def _layers(
-    params, token_BT, position_BT, segment_BT, config, dtype, remat, implementation, *, keep_kv
-):
+    params, token_BT, position_BT, segment_BT, place_BT, config, dtype, remat, implementation,
+    *, keep_kv,
+):  # fmt: skip
     x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
     cos_BTD, sin_BTD = _rope(position_BT, config)
 
     def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, Any]:
         x_BTE = checkpoint_name(x_BTE, "layer_input")
         q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config)
-        a_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation)
+        a_BTHD = attention(
+            q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation, place_BT
+        )
         a_BTHD = checkpoint_name(a_BTHD, "attention_output")
         x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
         x_BTE = constrain(_mlp(x_BTE, p, config), "batch", "length", None)

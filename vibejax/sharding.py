@@ -12,6 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+CONTEXT_CHUNK = 512  # at least a query tile of the kernels
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -80,6 +81,22 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that an array axis of this name lies on, for collectives in a `shard_map`."""
     (names,) = spec(axis)
     return (names,) if isinstance(names, str) else names or ()
+
+
+def context_chunk(row_tokens: int, shards: int) -> int:
+    """Tokens of a row that stay together on one context shard: `CONTEXT_CHUNK`, or its whole part.
+
+    Raises:
+        ValueError: a shard's part of a row is not a whole number of chunks.
+    """
+    part = row_tokens // shards
+    chunk = min(CONTEXT_CHUNK, part)
+    if row_tokens % shards or part % chunk:
+        raise ValueError(
+            f"rows of {row_tokens} tokens on {shards} context shards: a shard's part must be a "
+            f"multiple of {CONTEXT_CHUNK}, or less"
+        )
+    return chunk
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

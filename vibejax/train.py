@@ -165,6 +165,7 @@ def row_logprobs(
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         implementation=implementation,
+        place_BT=rows.get("place"),
     )
     head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
     return token_logprobs(
@@ -176,15 +177,14 @@ def sum_documents(
     step: TrainStep, params: Params, documents: Sequence[Document], config: TrainConfig, mesh: Mesh
 ) -> tuple[Sums, list[np.ndarray]]:
     """Gradients, loss and metrics of all documents, and each one's log-probs (see `unpack`)."""
-    row_plan = packing.plan([len(d.tokens) for d in documents], config.row_tokens)
-    rows = packing.pack(documents, row_plan, config.row_tokens)
+    row_plan, rows = _rows(documents, config, mesh)
     sums, logprobs = step.zeros(), []
     for part, real in packing.microbatches(rows, config.microbatch_rows):
         sums, logprob_BT = step.accumulate(params, sums, place(part, mesh))
         logprobs.append(logprob_BT[:real])
     if not logprobs:
         return sums, []
-    return sums, packing.unpack(np.concatenate(jax.device_get(logprobs)), documents, row_plan)
+    return sums, _unpack(logprobs, rows, documents, row_plan)
 
 
 def score_documents(
@@ -203,11 +203,25 @@ def score_documents(
         config: rows and micro-batches.
         mesh: the devices.
     """
-    row_plan = packing.plan([len(d.tokens) for d in documents], config.row_tokens)
-    rows = packing.pack(documents, row_plan, config.row_tokens)
+    row_plan, rows = _rows(documents, config, mesh)
     parts = packing.microbatches(rows, config.microbatch_rows)
     logprobs = [score(params, place(part, mesh))[:real] for part, real in parts]
-    return packing.unpack(np.concatenate(jax.device_get(logprobs)), documents, row_plan)
+    return _unpack(logprobs, rows, documents, row_plan)
+
+
+def _rows(documents: Sequence[Document], config: TrainConfig, mesh: Mesh):
+    """The plan of the rows, and the rows in the order in which the devices hold them."""
+    row_plan = packing.plan([len(d.tokens) for d in documents], config.row_tokens)
+    rows = packing.pack(documents, row_plan, config.row_tokens)
+    shards = mesh.shape["context"]
+    return row_plan, packing.spread(rows, shards) if row_plan and shards > 1 else rows
+
+
+def _unpack(logprobs, rows, documents, row_plan) -> list[np.ndarray]:
+    value_BT = np.concatenate(jax.device_get(logprobs))
+    if "place" in rows:
+        value_BT = packing.gather(value_BT, rows["place"])
+    return packing.unpack(value_BT, documents, row_plan)
 
 
 def place(rows: dict[str, Any], mesh: Mesh) -> Batch:

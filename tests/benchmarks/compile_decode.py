@@ -3,7 +3,8 @@
 One layer of Qwen2.5-Coder-3B (16 query heads, 2 key/value heads, head dimension 128), 256 sequences
 of up to 65,536 tokens (GPUs: 32), and a pool of pages that fills the chip's memory. Compiles
 through libtpu or the CUDA plugin (extra `compile`), whichever is installed; needs no accelerator
-and runs nothing on one. These are the compilers' verdicts and memory analysis, and counts; no times.
+and runs nothing on one. These are the compilers' verdicts and memory analysis, and counts, no
+times.
 
 Rows of `compile_decode`: MiB of temporaries of one decode step, which writes the new tokens' keys
 and values into a donated pool and attends. `prefix` is with groups of 16 sequences that share
@@ -55,6 +56,7 @@ def main() -> None:
                     peer.get("temporaries_mib"),
                     "MiB of temporaries",
                     compiles=ours["verdict"],
+                    peer_compiles=peer.get("verdict"),
                     pool_gib=ours.get("pool_gib"),
                 )
 
