@@ -201,7 +201,7 @@ def _forward_kernel(
         )
 
     def key_tile(i):
-        """The last one comes first: it holds the queries' own keys."""
+        """The last one comes first: it holds the queries' own keys (see `tiles`)."""
         return jnp.where(i == 0, end - 1, begin + i - 1)
 
     def add(weight_sr, slot, shrink_1r=None):

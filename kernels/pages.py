@@ -24,7 +24,7 @@ LOG2E = math.log2(math.e)
 
 
 class Pages(NamedTuple):
-    """A pool of pages; K is the axis to shard.
+    """A pool of pages. Devices may share the heads, and may each have pages of their own.
 
     Attributes:
         kv_PKsC: [P, K, s, C] bfloat16, float32 or int8; the key is in the first D of C.

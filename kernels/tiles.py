@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 MIB = 2**20
 LANES = 128  # of a vector register: query tokens of a tile are a multiple of them
+LONGEST_QUERY_TILE = 512
 
 
 class Tile(NamedTuple):
@@ -56,7 +57,7 @@ _TPU = {
     "tpu7x": ((2048, 512), (1024, 1024), 48 * MIB),
 }
 
-LARGE_GPUS = ("H100", "H200", "GH200", "H20 ", "B100", "B200", "B300")
+LARGE_GPUS = ("H100", "H200", "H20", "H800", "B100", "B200", "B300")
 """In the name of a GPU: compute capability 9 or more, tiles of Hopper's matrix instructions."""
 
 
@@ -93,14 +94,35 @@ def tpu_tiles(chip: str, dtype: str, head_dim: int, group: int) -> TpuTiles:
     *sizes, vmem_bytes = _TPU[chip]
     if dtype == "float32" or head_dim > 128:  # operands take twice the room
         sizes = [(rows // 2, keys // 2) for rows, keys in sizes]
-    forward, backward = (Tile(max(LANES, r // group // LANES * LANES), k) for r, k in sizes)
-    tiles = TpuTiles(forward, backward, vmem_bytes)
-    check_vmem(tiles, dtype, head_dim, group)
-    return tiles
+    while True:
+        forward, backward = (Tile(_query_tokens(rows // group, k), k) for rows, k in sizes)
+        tiles = TpuTiles(forward, backward, vmem_bytes)
+        if max(k for _, k in sizes) == LANES or not _excess(tiles, dtype, head_dim, group):
+            check_vmem(tiles, dtype, head_dim, group)
+            return tiles
+        sizes = [(rows, max(LANES, k // 2)) for rows, k in sizes]
+
+
+def _query_tokens(most: int, key_tokens: int) -> int:
+    """A power of two, so that a query tile lies in one key tile and in one chunk of a row.
+
+    The forward kernel needs the queries' own keys in one tile; rows are cut into chunks of
+    `LONGEST_QUERY_TILE` tokens over context shards.
+    """
+    tokens = LANES
+    while 2 * tokens <= min(most, key_tokens, LONGEST_QUERY_TILE):
+        tokens *= 2
+    return tokens
 
 
 def check_vmem(tiles: TpuTiles, dtype: str, head_dim: int, group: int) -> None:
-    """Raises ValueError, with the sizes, if a kernel's tiles need more memory than it may take.
+    """Raises ValueError, with the sizes, if a kernel's tiles need more memory than it may take."""
+    if excess := _excess(tiles, dtype, head_dim, group):
+        raise ValueError(excess)
+
+
+def _excess(tiles: TpuTiles, dtype: str, head_dim: int, group: int) -> str:
+    """Which kernel's tiles need too much memory, and how much; empty if none.
 
     The count is of the kernel's buffers, and of its scores as if none of them stayed in registers.
     """
@@ -115,8 +137,9 @@ def check_vmem(tiles: TpuTiles, dtype: str, head_dim: int, group: int) -> None:
             needed += (4 * rows + 2 * tile.key) * head_dim * 4 + rows * 32 * 4
             needed += 2 * scores * (4 + width)
         if needed > tiles.vmem_bytes:
-            raise ValueError(
+            return (
                 f"{name} tile of {tile.query} x {tile.key} tokens, {group} query heads of "
                 f"{head_dim}, {dtype}: needs {needed / MIB:.1f} MiB of on-chip memory, "
                 f"must be at most {tiles.vmem_bytes / MIB:.1f}"
             )
+    return ""

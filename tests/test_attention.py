@@ -7,7 +7,7 @@ import paged_rows
 import pytest
 
 from vibejax import attention, sharding
-from vibejax.kernels import reference
+from vibejax.kernels import reference, tiles
 
 # Two rows of packed documents. Row 0 ends in padding; row 1 holds its three documents in pieces
 # and out of order, as a row cut over the `context` axis does.
@@ -256,6 +256,15 @@ def test_an_implementation_for_other_devices_is_refused(implementation, segment,
 )
 def test_auto_goes_by_the_devices_of_the_mesh(kind, platform, tokens, best):
     assert attention._best(tokens, kind, platform) == best
+
+
+@pytest.mark.parametrize(
+    "kind, capability",
+    [("NVIDIA H100 80GB HBM3", 9), ("NVIDIA H20", 9), ("NVIDIA GH200 480GB", 9), ("NVIDIA B200", 9),
+     ("NVIDIA A100-SXM4-80GB", 8), ("NVIDIA L4", 8)],
+)  # fmt: skip
+def test_gpus_take_the_tiles_of_their_matrix_instructions(kind, capability):
+    assert tiles.gpu_capability(kind) == capability
 
 
 def test_kernels_run_interpreted_on_request():

@@ -20,7 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 from packed_rows import check, inputs, kernel_products, out_and_grads, row_ids
 
 from vibejax.kernels import flash_attention_tpu, reference
-from vibejax.kernels.tiles import Tile, TpuTiles
+from vibejax.kernels.tiles import Tile, TpuTiles, check_vmem, tpu_tiles
+from vibejax.sharding import CONTEXT_CHUNK
 
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
@@ -75,6 +76,34 @@ def test_equals_the_reference_without_races(group):
 @settings(max_examples=25, deadline=None)
 def test_any_layout_equals_the_reference(lengths, front, seed):
     check(FAST, inputs(81, D=64, seed=seed), row_ids(lengths, 81, front), 2e-6)
+
+
+def test_query_tiles_that_straddle_key_tiles_are_right_too():
+    """Their first tile gives not every row a reference; the chips' own tiles avoid it."""
+    check(kernel((32, 16), (16, 8), True), inputs(96, D=64), row_ids([50, 40], 96), 2e-6)
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("group", range(1, 17))
+def test_tiles_of_the_chips(chip, group):
+    """Each query tile lies in one key tile and in one chunk of a row cut over `context`."""
+    for dtype in ("bfloat16", "float32"):
+        for head_dim in (64, 128, 192, 256):
+            if chip == "v4" and head_dim > 128 and group > 8:
+                continue  # some of them do not fit, whatever the tile
+            tiles = tpu_tiles(chip, dtype, head_dim, group)
+            check_vmem(tiles, dtype, head_dim, group)
+            for tile in (tiles.forward, tiles.backward):
+                assert tile.key % tile.query == 0 and CONTEXT_CHUNK % tile.query == 0
+
+
+def test_tiles_that_do_not_fit_are_named():
+    tiles = TpuTiles(Tile(256, 512), Tile(256, 1024), 14 * 2**20)
+    message = "backward tile of 256 x 1024 tokens, 8 query heads of 128, bfloat16: needs 3.* MiB"
+    with pytest.raises(ValueError, match=message):
+        check_vmem(tiles, "bfloat16", 128, 8)
+    with pytest.raises(ValueError, match="no tiles for chip 'v3'"):
+        tpu_tiles("v3", "bfloat16", 128, 8)
 
 
 def test_scores_far_above_those_of_the_queries_own_keys():

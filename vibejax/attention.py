@@ -17,7 +17,6 @@ Nothing else takes one implementation for another.
 """
 
 import functools
-import math
 from typing import Literal
 
 import jax
@@ -34,7 +33,7 @@ from vibejax.kernels import (
     tiles,
 )
 from vibejax.kernels.pages import Pages
-from vibejax.sharding import constrain, context_chunk, mesh_axes, spec
+from vibejax.sharding import constrain, context_chunk, spec, ways
 
 Implementation = Literal[
     "auto", "reference", "xla", "tpu", "gpu", "tpu_interpreted", "gpu_interpreted", "cudnn"
@@ -77,7 +76,7 @@ def attention(
     if implementation == "auto":
         implementation = _best(q_BTHD.shape[1], kind, platform)
     if implementation == "cudnn":
-        return _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, platform)
+        return _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, place_BT, platform)
     if segment_BT is None:
         segment_BT = jnp.ones(q_BTHD.shape[:2], jnp.int32)
     k_BSKD = _in_row_order(constrain(k_BTKD, "batch", None, "kv_heads", None), place_BT)
@@ -109,8 +108,7 @@ def _in_row_order(x_BT: jax.Array, place_BT: jax.Array | None) -> jax.Array:
     if place_BT is None:
         return x_BT
     B, T = place_BT.shape
-    sizes = jax.sharding.get_abstract_mesh().shape
-    chunk = context_chunk(T, math.prod(sizes[axis] for axis in mesh_axes("length")))
+    chunk = context_chunk(T, ways(jax.sharding.get_abstract_mesh(), "length"))
     order_BC = jnp.argsort(constrain(place_BT, "batch", None)[:, ::chunk], axis=1)
     x_BCt = x_BT.reshape(B, T // chunk, chunk, *x_BT.shape[2:])
     index = order_BC.reshape(B, -1, *(1,) * (x_BCt.ndim - 2))
@@ -134,11 +132,11 @@ def _best(tokens: int, kind: str, platform: str) -> Implementation:
     return "reference" if tokens <= REFERENCE_TOKENS else "xla"
 
 
-def _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, platform):
-    if segment_BT is not None:
+def _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, place_BT, platform):
+    if segment_BT is not None or place_BT is not None:
         raise ValueError(
-            "attention 'cudnn': must be rows of one document each (segment_BT None); with segment "
-            "ids it would hold a mask of [T, T]"
+            "attention 'cudnn': must be rows of one document each, in order (segment_BT and "
+            "place_BT None); with segment ids it would hold a mask of [T, T]"
         )
     if platform != "gpu":
         raise ValueError(f"attention 'cudnn': the mesh's devices are {platform or 'none'}")

@@ -71,7 +71,9 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """How documents become rows and rows become gradients; no choice here changes the result."""
 
-    row_tokens: Count = _field(65_536, "tokens of a packed row, a multiple of mesh.context")
+    row_tokens: Count = _field(
+        65_536, "tokens of a packed row; mesh.context cuts it in multiples of 512, or in less"
+    )
     microbatch_rows: Count = _field(
         1, "rows of one backward pass, a multiple of mesh.data x mesh.fsdp"
     )

@@ -389,6 +389,7 @@ def _mesh(config: RlConfig, model: ModelConfig) -> jax.sharding.Mesh:
         qwen2.param_shardings(model, mesh)
         shape = (config.train.microbatch_rows, config.train.row_tokens)
         sharding.sharding(mesh, shape, "batch", "length")
+        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
     except ValueError as error:
         raise RunError(f"mesh: {error}") from None
     return mesh

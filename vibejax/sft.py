@@ -45,6 +45,7 @@ def run(config: SftConfig) -> Path:
     documents = _documents(config, tokens)
     folder = run_folder.open_run(config, "sft")
     mesh = sharding.make_mesh(config.mesh.model_dump())
+    sharding.context_chunk(config.train.row_tokens, config.mesh.context)
     with jax.set_mesh(mesh):
         adamw = optimizer.make_optimizer(config.optimizer, config.steps)
         schedule = optimizer.make_schedule(config.optimizer, config.steps)

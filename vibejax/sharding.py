@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-CONTEXT_CHUNK = 512  # at least a query tile of the kernels
+CONTEXT_CHUNK = 512  # whole query tiles of the kernels
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -81,6 +81,11 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     """The mesh axes that an array axis of this name lies on, for collectives in a `shard_map`."""
     (names,) = spec(axis)
     return (names,) if isinstance(names, str) else names or ()
+
+
+def ways(mesh: Mesh | jax.sharding.AbstractMesh, axis: str) -> int:
+    """On how many devices an array axis of this name is cut."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
 def context_chunk(row_tokens: int, shards: int) -> int:

@@ -213,7 +213,7 @@ def _rows(documents: Sequence[Document], config: TrainConfig, mesh: Mesh):
     """The plan of the rows, and the rows in the order in which the devices hold them."""
     row_plan = packing.plan([len(d.tokens) for d in documents], config.row_tokens)
     rows = packing.pack(documents, row_plan, config.row_tokens)
-    shards = mesh.shape["context"]
+    shards = sharding.ways(mesh, "length")
     return row_plan, packing.spread(rows, shards) if row_plan and shards > 1 else rows
 
 

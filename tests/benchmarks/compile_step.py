@@ -97,12 +97,13 @@ def compile_case(case: str, remat: str) -> dict[str, dict[str, float]]:
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
     sums = train.Sums(params, scalar, dict.fromkeys(rl.SUMS, scalar))
     rows = sharding.sharding(mesh, (1, TOKENS), "batch", "length")
+    order = ("place",) if count > 1 else ()
     floats = ("weight", "advantage", "sampler_logprob")
     batch = {
         channel: jax.ShapeDtypeStruct(
             (1, TOKENS), jnp.float32 if channel in floats else jnp.int32, sharding=rows
         )
-        for channel in ("token", "target", "position", "segment", *floats)
+        for channel in ("token", "target", "position", "segment", *floats, *order)
     }
     schedule = make_schedule(config.optimizer, config.steps)
     with jax.set_mesh(mesh):

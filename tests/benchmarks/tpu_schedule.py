@@ -130,15 +130,18 @@ def in_a_process(script: str, *arguments: str, dump: Path | None = None) -> str:
     """The last line that `script` prints, run with the compiler's environment.
 
     Raises:
-        SystemExit: it failed, with the end of what it said.
+        SystemExit: it failed, with the end of what it said, or took too long.
     """
     environment = os.environ | ENVIRONMENT
     if dump is not None:
         environment["LIBTPU_INIT_ARGS"] = DUMP.format(dump)
-    done = subprocess.run(
-        [sys.executable, script, *arguments],
-        env=environment, timeout=LIMIT_S, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, script, *arguments]
+    try:
+        done = subprocess.run(
+            command, env=environment, timeout=LIMIT_S, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"{' '.join(arguments)}: no compile within {LIMIT_S} s") from error
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}: no compile\n{done.stderr[-2_000:]}")
     return done.stdout.splitlines()[-1]
