@@ -48,14 +48,20 @@ TPU_CHIPS = {
 
 # Rows and key tokens, forward and backward, for bfloat16 heads of at most 128, and the share of
 # the on-chip memory (16 MiB on v4, 64 a core on v5p and tpu7x, 128 on v5e and v6e) that a kernel
-# may take; the rest is the compiler's.
+# may take; the rest is the compiler's. Beside them, cycles of a tile without a mask for each 2^20
+# pairs of a query row and a key of 128: forward, backward, and of these what the busiest matrix
+# unit works.
 _TPU = {
-    "v4": ((1024, 512), (1024, 512), 14 * MIB),
-    "v5e": ((2048, 512), (1024, 1024), 64 * MIB),
-    "v5p": ((2048, 512), (1024, 1024), 48 * MIB),
-    "v6e": ((2048, 512), (1024, 1024), 64 * MIB),
-    "tpu7x": ((2048, 512), (1024, 1024), 48 * MIB),
+    "v4": ((1024, 512), (1024, 512), 14 * MIB),  # 4,700 of 4,096; 11,468 of 10,240
+    "v5e": ((2048, 512), (1024, 1024), 64 * MIB),  # 4,308 of 4,096; 10,756 of 10,240
+    "v5p": ((2048, 512), (1024, 1024), 48 * MIB),  # 4,312 of 4,096; 10,666 of 10,240
+    "v6e": ((2048, 512), (1024, 1024), 64 * MIB),  # 1,845 of 1,536; 5,633 of 5,120
+    "tpu7x": ((2048, 512), (1024, 1024), 48 * MIB),  # 1,686 of 1,536; 5,450 of 5,120
 }
+# Also replayed: v5e forward 2048 x 256 (4,474), 1024 x 512 (4,400), 2048 x 1024 (4,200, but 4 MiB
+# more of scores and coarser documents), backward 1024 x 512 (10,598; its copies take half of the
+# time) and 2048 x 512 (10,420, the same); v6e forward 2048 x 256 (2,064), 2048 x 1024 (1,800),
+# backward 1024 x 512 (5,742); v4 forward 2048 x 256 (4,724), backward 1024 x 256 (11,424).
 
 LARGE_GPUS = ("H100", "H200", "H20", "H800", "B100", "B200", "B300")
 """In the name of a GPU: compute capability 9 or more, tiles of Hopper's matrix instructions."""

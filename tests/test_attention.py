@@ -242,6 +242,25 @@ def test_an_implementation_for_other_devices_is_refused(implementation, segment,
         attention.attention(*inputs(), IN_ORDER_POSITION, segment, implementation)
 
 
+def test_cudnn_gets_the_heads_and_rows_of_each_device(monkeypatch):
+    """cuDNN itself is not here: XLA computes what it is asked for."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def attend(q, k, v, *, is_causal, implementation):
+        asked.append((implementation, q.shape, k.shape))
+        return plain(q, k, v, is_causal=is_causal)
+
+    monkeypatch.setattr(attention, "_device", lambda: ("NVIDIA H100 80GB HBM3", "gpu"))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    position = np.broadcast_to(np.arange(12), (2, 12))
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])):
+        run = jax.jit(lambda *args: attention.attention(*args, position, None, "cudnn"))
+        got = run(*inputs(4, 2, 64))
+    assert asked == [("cudnn", (1, 12, 2, 64), (1, 12, 1, 64))]
+    want = reference.attention(*inputs(4, 2, 64), *(position, position * 0 + 1) * 2)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     "kind, platform, tokens, best",
     [

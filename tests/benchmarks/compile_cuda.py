@@ -26,7 +26,7 @@ from pathlib import Path
 HEADS, KV_HEADS, HEAD_DIM = 16, 2, 128
 TARGETS = {"h100": "sm_90a", "a100": "sm_80"}
 CAPABILITIES = {"h100": 9, "a100": 8}  # major ones, which choose the tiles
-LENGTHS = (4_096, 65_536)
+LENGTHS = (4_096, 65_536, 262_144)
 DATA = Path(__file__).parents[1] / "data"
 LIMIT_S = 300
 PALLAS_KERNEL = r"\.entry \w*(attention|mha)"  # the rest of a program is XLA's own

@@ -102,8 +102,8 @@ def _replay(depth: int, conditional: bool, bundles: list[list[str]], chip: Chip)
         for name in names:
             counts[name.split(".")[0]] += 1
         products = [
-            (UNIT.search(name)[1], (16 if "bf16" in name else 8) / chip.rows_a_cycle)
-            for name in names
+            (UNIT.search(operation)[1], (16 if "bf16" in name else 8) / chip.rows_a_cycle)
+            for name, operation in zip(names, operations, strict=True)
             if name.startswith("vmatmul")
         ]
         now = max([now, *(free[unit] for unit, _ in products)])
