@@ -95,6 +95,10 @@ def test_the_attention_policy_keeps_what_the_kernel_computed(remat, forwards, mo
     module = lowered(step, params(jnp.float32), *row())
     assert module.count('kernel_name = "flash_attention_forward"') == forwards
     assert module.count('kernel_name = "flash_attention_backward"') == 1
+    if remat == "attention":  # kept once a layer, in one array over the layers
+        kept = f"tensor<{CONFIG.layers}x{ROWS}x{TOKENS}x{CONFIG.heads}x{CONFIG.head_dim}xbf16>"
+        loops = [line for line in module.splitlines() if "stablehlo.while" in line]
+        assert max(line.count(kept) for line in loops) == 1
 
 
 @pytest.mark.parametrize("dtype, short", [("float32", "f32"), ("bfloat16", "bf16")])

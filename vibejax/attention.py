@@ -21,6 +21,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vibejax.kernels import (
     decode_attention_gpu,
@@ -65,7 +66,8 @@ def attention(
             rows' tokens in another order, in chunks of `sharding.context_chunk`.
 
     Returns:
-        [B, T, H, D] of q's dtype, zeros at padding.
+        [B, T, H, D] of q's dtype, zeros at padding; what a backward pass needs of it is named
+        `attention_output` and, of a kernel, `attention_logsumexp` for rematerialisation policies.
 
     Raises:
         ValueError: the head counts do not divide, keys and values differ in shape, or the
@@ -85,7 +87,7 @@ def attention(
     kv_segment_BS = _in_row_order(constrain(segment_BT, "batch", None), place_BT)
     arrays = (q_BTHD, k_BSKD, v_BSKD, position_BT, segment_BT, kv_position_BS, kv_segment_BS)
     if implementation == "reference":
-        return reference.attention(*arrays)
+        return checkpoint_name(reference.attention(*arrays), "attention_output")
     if implementation == "xla":
         return _per_device(flash_attention_xla.attention)(*arrays)
     backend, _, interpreted = implementation.partition("_")
@@ -149,7 +151,7 @@ def _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, place_BT, platform):
         out_specs=heads[0],
         check_vma=False,
     )
-    return attend(q_BTHD, k_BTKD, v_BTKD)
+    return checkpoint_name(attend(q_BTHD, k_BTKD, v_BTKD), "attention_output")
 
 
 def _per_device(attend):

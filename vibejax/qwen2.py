@@ -271,7 +271,6 @@ def _layers(
         a_BTHD = attention(
             q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation, place_BT
         )
-        a_BTHD = checkpoint_name(a_BTHD, "attention_output")
         x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
         x_BTE = constrain(_mlp(x_BTE, p, config), "batch", "length", None)
         kv = (k_BTKD.transpose(0, 2, 3, 1), v_BTKD.swapaxes(1, 2)) if keep_kv else None
@@ -295,7 +294,7 @@ def _rematerialised(layer, remat: Remat):
     if remat == "full":
         policy = policies.nothing_saveable
     elif remat == "attention":
-        # Both are named by the attention kernels too, so that a forward kernel runs once a layer.
+        # Named where they are computed, in the kernels' own rules: a kernel runs once a layer.
         policy = policies.save_only_these_names("attention_output", "attention_logsumexp")
     else:
         policy = policies.save_and_offload_only_these_names(
