@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has no public name for races
 from jax.experimental.pallas import tpu as pltpu
+from packed_rows import kernel_products
 from paged_rows import HEADS, PREFIXED, RAGGED, case, check
 
 from vibejax.kernels import decode_attention_tpu
@@ -137,6 +138,12 @@ def test_lowers_for_a_tpu_without_one(dtype, s, D, group, T):
     args = shapes(dtype, T=T, s=s, D=D, group=group)
     text = jax.export.export(jax.jit(attend), platforms=["tpu"])(*args).mlir_module()
     assert text.count('kernel_name = "paged_attention"') == (2 if group > 1 else 1)
+    products = kernel_products(jax.make_jaxpr(attend)(*args).jaxpr)
+    exact = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(products) >= 2
+    for product in products:
+        floats = {x.aval.dtype.name for x in product.invars}
+        assert floats == {"bfloat16"} or product.params["precision"] == exact
 
 
 @pytest.mark.parametrize("s", [64, 128])
