@@ -228,7 +228,7 @@ def _forward_kernel(
         score_sr = _dot(k_buf[slot], q_ref[...], ((1,), (1,)))
         add(jnp.exp2(score_sr - max_ref[...]), slot)
 
-    def attempt(number, _):
+    def attempt(number):
         @pl.when(begin < end)
         def _():
             for copy in copies(0, 0):
@@ -276,10 +276,11 @@ def _forward_kernel(
             out_ref[...] = jnp.where(sound_rD > 0.5, out_ref[...], out_rD)
             lse_ref[...] = jnp.where(sound_ref[...] > 0.5, lse_ref[...], lse_1r)
 
+    def attempts(number, _):
+        pl.when(unsound_smem[0] == 1)(lambda: attempt(number))
+
     unsound_smem[0] = 1
-    jax.lax.fori_loop(
-        0, 2, lambda number, _: pl.when(unsound_smem[0] == 1)(lambda: attempt(number, None)), None
-    )
+    jax.lax.fori_loop(0, 2, attempts, None)  # one body: the second is rare, its code is not doubled
 
 
 def _backward(tiles, interpret, residuals, dout_BTHD):
