@@ -1,10 +1,11 @@
-"""Paged decode attention, compiled and counted: `python tests/benchmarks/compile_decode.py`.
+"""Paged decode attention, compiled and counted.
+
+    python tests/benchmarks/compile_decode.py [CHIP ...]
 
 One layer of Qwen2.5-Coder-3B (16 query heads, 2 key/value heads, head dimension 128), 256 sequences
 of up to 65,536 tokens (GPUs: 32), and a pool of pages that fills the chip's memory. Compiles
-through libtpu or the CUDA plugin (extra `compile`), whichever is installed; needs no accelerator
-and runs nothing on one. These are the compilers' verdicts and memory analysis, and counts, no
-times.
+through libtpu and the CUDA plugin (extra `compile`); needs no accelerator and runs nothing on one.
+These are the compilers' verdicts and memory analysis, and counts, no times.
 
 Rows of `compile_decode`: MiB of temporaries of one decode step, which writes the new tokens' keys
 and values into a donated pool and attends. `prefix` is with groups of 16 sequences that share
@@ -16,7 +17,6 @@ is the live keys, values and factors, the queries and the outputs, each once.
 """
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -39,10 +39,10 @@ ENVIRONMENT = {  # the compiler alone: no device is looked for
 }
 
 
-def main() -> None:
+def main(chips: list[str]) -> None:
+    """Prints the rows of these chips; none given: of all."""
     bytes_rows()
-    chips = TPUS if importlib.util.find_spec("libtpu") else GPUS
-    for chip in chips:
+    for chip in chips or [*TPUS, *GPUS]:
         for dtype in ("bfloat16", "int8"):
             for T, group, s in VARIANTS:
                 variant = (chip, dtype, str(T), str(group), str(s))
@@ -189,8 +189,8 @@ def bytes_rows() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1 and sys.argv[1] in ("ours", "peer"):
         side, chip, dtype, *numbers = sys.argv[1:]
         print(json.dumps(temporaries(side, chip, dtype, *map(int, numbers))))
     else:
-        main()
+        main(sys.argv[1:])
