@@ -3,16 +3,14 @@
 Blocks are as small as they can be, so that a short sequence has several.
 """
 
-import contextlib
 import functools
-import os
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import strict_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # has no public name for races
@@ -80,19 +78,7 @@ def count_bytes():
 
 @pytest.mark.parametrize("group", [*CASES, "prefix", "bytes"])
 def test_equals_the_reference_without_races(group):
-    """In a process with a time limit: the interpreter's threads wait for each other for ever now
-    and then. Then, and only then, the group is run again.
-    """
-    for _ in range(3):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            command = [sys.executable, __file__, group]
-            done = subprocess.run(
-                command, timeout=150, capture_output=True, text=True,
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3_000:]
-            return
-    pytest.fail("the interpreter hung three times")
+    strict_kernels.run_in_a_process(__file__, group)
 
 
 @given(

@@ -43,9 +43,13 @@ def run(config: SftConfig) -> Path:
     tokens = tokenizer.load(source)
     model = weights.load_config(source) if config.policy else _model(config, tokens.vocab)
     documents = _documents(config, tokens)
+    try:
+        mesh = sharding.make_mesh(config.mesh.model_dump())
+        qwen2.param_shardings(model, mesh)
+        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
+    except ValueError as error:
+        raise RunError(f"mesh: {error}") from None
     folder = run_folder.open_run(config, "sft")
-    mesh = sharding.make_mesh(config.mesh.model_dump())
-    sharding.context_chunk(config.train.row_tokens, config.mesh.context)
     with jax.set_mesh(mesh):
         adamw = optimizer.make_optimizer(config.optimizer, config.steps)
         schedule = optimizer.make_schedule(config.optimizer, config.steps)

@@ -23,20 +23,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tpu_schedule import ENVIRONMENT
+
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 16, 2, 128, 65_536
 GROUP = 16
 TPUS = {"v4:2x2x1": 13, "v5e:2x2": 14, "v5p:2x2x1": 92, "v6e:2x2": 29, "tpu7x:2x2x1": 90}
 GPUS = {"h100": 72, "a100": 72}  # GiB of pages
 VARIANTS = [(T, group, s) for T in (1, 4) for group in (1, GROUP) for s in (64, 128)]
 LIMIT_S = 300
-ENVIRONMENT = {  # the compiler alone: no device is looked for
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 def main(chips: list[str]) -> None:
@@ -69,7 +63,7 @@ def row(benchmark, case, ours, peer, unit, **more) -> None:
 
 def in_a_process(*args: str) -> dict:
     command = [sys.executable, __file__, *args]
-    environment = os.environ | ENVIRONMENT
+    environment = os.environ | ENVIRONMENT | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     try:
         done = subprocess.run(
             command, env=environment, timeout=LIMIT_S, capture_output=True, text=True

@@ -22,17 +22,12 @@ import re
 import subprocess
 import sys
 
+from tpu_schedule import ENVIRONMENT
+
 TOKENS, WIDTH, VOCAB = 65_536, 2_048, 151_936
 BOUND_GIB = 2.0
 CHIPS = ("v5e", "v6e")
 FORMS = ("ours", "ours on a mesh", "plain")
-ENVIRONMENT = {  # the compiler alone: no device is looked for
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
 
 
 def main() -> int:
