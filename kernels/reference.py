@@ -45,29 +45,6 @@ def attention(
     return out_BTKGD.reshape(B, T, H, D)
 
 
-def decode_attention(
-    q_BHD: jax.Array, k_BKDS: jax.Array, v_BKSD: jax.Array, visible_BS: jax.Array
-) -> jax.Array:
-    """Attention of one query token a row over a cache.
-
-    Args:
-        q_BHD: [B, H, D] queries.
-        k_BKDS: [B, K, D, S] cached keys, transposed: a score is then a sum of scaled rows.
-        v_BKSD: [B, K, S, D] cached values.
-        visible_BS: [B, S] bool, the cache entries that the query sees, at least one a row.
-
-    Returns:
-        [B, H, D] of q's dtype.
-    """
-    B, H, D = q_BHD.shape
-    K = v_BKSD.shape[1]
-    q_BKGD = q_BHD.reshape(B, K, H // K, D) * jnp.asarray(D**-0.5, q_BHD.dtype)
-    score_BKGS = product("BKGD,BKDS->BKGS", q_BKGD, k_BKDS)
-    score_BKGS = jnp.where(visible_BS[:, None, None], score_BKGS, MASKED)
-    weight_BKGS = jax.nn.softmax(score_BKGS, axis=-1).astype(v_BKSD.dtype)
-    return product("BKGS,BKSD->BKGD", weight_BKGS, v_BKSD).astype(q_BHD.dtype).reshape(B, H, D)
-
-
 def paged_attention(
     q_BTHD: jax.Array, pages: pages_.Pages, table_BM: jax.Array, length_B: jax.Array
 ) -> jax.Array:

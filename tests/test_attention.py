@@ -110,20 +110,6 @@ def test_the_order_of_tokens_in_a_row_plays_no_part():
     np.testing.assert_allclose(moved, straight[:, order], atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-6), (jnp.bfloat16, 2e-2)])
-def test_decoding_is_the_last_row_of_attention(dtype, tolerance):
-    """The cache of 12 entries holds 5 tokens of document 1 and 3 of 2; its rest is garbage."""
-    q, k, v = inputs(dtype=dtype)
-    full = attend(q, k, v, POSITION_BT, SEGMENT_BT).astype(np.float32)
-    for last, segment in ((4, 1), (7, 2)):
-        visible_BS = np.array([SEGMENT_BT[0] == segment])
-        garbage = np.where(visible_BS[..., None, None], 0, 1e4).astype(dtype)
-        k_BKDS, v_BKSD = (k[:1] + garbage).transpose(0, 2, 3, 1), (v[:1] + garbage).swapaxes(1, 2)
-        got = attention.decode_attention(q[:1, last], k_BKDS, v_BKSD, visible_BS)
-        assert got.dtype == dtype
-        np.testing.assert_allclose(got[0].astype(np.float32), full[0, last], atol=tolerance)
-
-
 @pytest.mark.parametrize(
     "sizes",
     [{"context": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}],
@@ -146,18 +132,12 @@ def test_head_counts_must_divide():
     q, k, v = inputs(H=4, K=3)
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3 key/value heads"):
         attention.attention(q, k, v, POSITION_BT, SEGMENT_BT)
-    cache = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3 key/value heads"):
-        attention.decode_attention(q[:, 0], *cache, SEGMENT_BT > 0)
 
 
 def test_keys_and_values_must_be_alike():
     q, k, v = inputs()
     with pytest.raises(ValueError, match=r"keys \(2, 12, 2, 6\) and values \(2, 11, 2, 6\) differ"):
         attention.attention(q, k, v[:, 1:], POSITION_BT, SEGMENT_BT)
-    cache = k.transpose(0, 2, 3, 1), v[:, 1:].swapaxes(1, 2)
-    with pytest.raises(ValueError, match=r"keys \(2, 2, 12, 6\) and values \(2, 2, 11, 6\) differ"):
-        attention.decode_attention(q[:, 0], *cache, SEGMENT_BT > 0)
 
 
 IN_ORDER = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 0], [1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3]])

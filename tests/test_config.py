@@ -31,7 +31,7 @@ def test_every_shipped_config_loads(cls, path):
         ("[rollout]\ngroup_size = 1", "rollout.group_size = 1: must be greater than or equal to 2"),
         ("[rollout]\ntop_p = true", "rollout.top_p = True: must be a valid number"),
         ('[objective]\naggregation = "mean"', "objective.aggregation = 'mean': must be 'sequence'"),
-        ("[rollout]\nslots = 4", "slots = 4 must be at least group_size = 16"),
+        ("[rollout]\nslots = 0", "rollout.slots = 0"),
         ("steps = ", "not valid TOML"),
     ],
 )

@@ -1,14 +1,21 @@
+"""The rollout engine on a CPU: what comes out, whatever the slots, pages and neighbours."""
+
+import gc
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from vibejax import engine, qwen2
-from vibejax.engine import Request, Sampling
+from vibejax import batching, decode, qwen2
+from vibejax.decode import Sampling
+from vibejax.engine import Engine, EngineConfig, EngineError, Request, engine_mesh
+from vibejax.rope import Rope
 
 MODEL = tiny.model_config()
-PROMPTS = [Request(i, tuple(range(1, 2 + i % 5))) for i in range(7)]
+REQUESTS = [Request(i, tuple(range(1, 2 + 3 * i % 14)), 12, samples=3) for i in range(7)]
 EOS = (3, 9)
+DEVICE = jax.devices()[:1]
 
 
 @pytest.fixture(scope="module")
@@ -16,49 +23,77 @@ def params():
     return qwen2.init_params(MODEL, jax.random.key(0))
 
 
-def run(params, requests=PROMPTS, samples=4, slots=12, dtype="float32", **how):
-    how = Sampling(
-        **({"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 12, "eos_ids": EOS} | how)
-    )
-    done = engine.generate(
-        engine.sampler_params(params, MODEL, dtype), MODEL, requests,
-        samples=samples, how=how, slots=slots, seed=5, step=2,
-    )  # fmt: skip
-    return {(requests[n].prompt, g): c for n, g, c in done}
+def make(params, devices=DEVICE, dtype="float32", model=MODEL, **sizes):
+    sizes = {"slots": 8, "window": 4, "page_tokens": 4, "chunk_tokens": 16} | sizes
+    config = EngineConfig(model=model, **sizes)
+    return Engine(qwen2.sampler_params(params, model, dtype), config, devices)
+
+
+def run(engine, requests=REQUESTS, **how):
+    how = Sampling(**({"eos_ids": EOS} | how))
+    done = list(engine.generate(requests, how, seed=5, step=2))
+    found = {(requests[c.request].prompt, c.sample): c for c in done}
+    assert len(found) == len(done) == sum(r.samples for r in requests)
+    return found
 
 
 @jax.jit
-def forward_logits(params, tokens):
+def forward_logits(params, token_T):
     """[T, V] logits of one sequence by the plain forward pass; padding comes after its end."""
-    position = jax.numpy.arange(tokens.size)[None]
+    position = jax.numpy.arange(token_T.size)[None]
     segment = jax.numpy.ones_like(position)
-    x_BTE = qwen2.hidden_states(params, tokens[None], position, segment, MODEL)
+    x_BTE = qwen2.hidden_states(params, token_T[None], position, segment, MODEL)
     return qwen2.logits(params, x_BTE[0], MODEL)
-
-
-def padded(*parts):
-    return np.pad(np.concatenate(parts), (0, 20))[:20].astype(np.int32)
 
 
 def forward_logprobs(params, prompt, completion, temperature=1.0):
     """Log-probs of a completion by the plain forward pass."""
-    logit_TV = forward_logits(params, padded(prompt, completion)) / temperature
-    logprob_TV = np.asarray(jax.nn.log_softmax(logit_TV))
+    token_T = np.pad(np.concatenate([prompt, completion]), (0, 40))[:40].astype(np.int32)
+    logprob_TV = np.asarray(jax.nn.log_softmax(forward_logits(params, token_T) / temperature))
     place = np.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
     return logprob_TV[place, completion]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_are_the_forward_pass(params, temperature):
-    completions = run(params, temperature=temperature)
-    assert len(completions) == 28
-    for (prompt, _), c in completions.items():
-        want = forward_logprobs(params, PROMPTS[prompt].tokens, c.tokens, temperature)
-        np.testing.assert_allclose(c.logprobs, want, atol=2e-5)
+def assert_forward_pass(params, found, requests=REQUESTS, temperature=1.0, atol=2e-5):
+    tokens = {r.prompt: r.tokens for r in requests}
+    for (prompt, _), c in found.items():
+        want = forward_logprobs(params, tokens[prompt], c.tokens, temperature)
+        np.testing.assert_allclose(c.logprobs, want, atol=atol)
+
+
+SETTINGS = {
+    "plain": {},
+    "chunks": {"chunk_tokens": 16, "page_tokens": 3},
+    "put back": {"pool_tokens": 60, "window": 2},
+    "in place": {"attention": "xla"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_log_probs_are_the_forward_pass(params, name):
+    requests = [*REQUESTS, Request(7, tuple(np.arange(27) % 36), 12, samples=2)]
+    engine = make(params, **SETTINGS[name])
+    found = run(engine, requests, eos_ids=())
+    assert_forward_pass(params, found, requests)
+    assert (engine.counts.put_back > 0) == (name == "put back")
+    assert all(len(c.tokens) == 12 and c.stop == "length" for c in found.values())
+
+
+def test_temperature(params):
+    assert_forward_pass(params, run(make(params), temperature=0.7), temperature=0.7)
+
+
+def test_int8_pages_are_near(params):
+    found = run(make(params, kv_dtype="int8", page_tokens=8))
+    apart = [
+        c.logprobs - forward_logprobs(params, REQUESTS[p].tokens, c.tokens)
+        for (p, _), c in found.items()
+    ]
+    assert 1e-5 < np.abs(np.concatenate(apart)).mean() < 0.03
 
 
 def test_completions_end_at_a_stop_token_or_at_the_limit(params):
-    completions = run(params).values()
+    completions = run(make(params)).values()
     assert {c.stop for c in completions} == {"stop", "length"}
     for c in completions:
         assert not np.isin(c.tokens[:-1], EOS).any()
@@ -67,38 +102,213 @@ def test_completions_end_at_a_stop_token_or_at_the_limit(params):
         assert len(c.tokens) == len(c.logprobs)
 
 
-def test_completions_depend_neither_on_order_nor_on_neighbours(params):
-    want = run(params)
-    for other in (run(params, PROMPTS[::-1]), run(params, slots=4)):
-        assert other.keys() == want.keys()
+def test_min_tokens_put_off_the_stop_and_count_in_the_log_probs(params):
+    found = run(make(params), min_tokens=6)
+    assert min(len(c.tokens) for c in found.values() if c.stop == "stop") == 7
+    for (prompt, _), c in found.items():
+        if c.stop != "stop":
+            continue
+        tokens = np.concatenate([REQUESTS[prompt].tokens, c.tokens])
+        logit_TV = np.array(forward_logits(params, np.pad(tokens, (0, 40))[:40].astype(np.int32)))
+        n = len(REQUESTS[prompt].tokens)
+        logit_TV[n - 1 : n + 5, EOS] = -1e30
+        want = np.asarray(jax.nn.log_softmax(logit_TV))[np.arange(n - 1, len(tokens) - 1), c.tokens]
+        np.testing.assert_allclose(c.logprobs, want, atol=2e-5)
+
+
+WIDE = qwen2.ModelConfig(
+    layers=1, width=576, heads=9, kv_heads=3, head_dim=64, mlp=1_536, vocab=2_048,
+    rope=Rope(theta=1e5), context=256, init_std=0.06,
+)  # fmt: skip
+
+
+def test_completions_are_bit_identical_whatever_runs_beside_them():
+    """On SmolLM2's widths, where products do round: order, slots, page size, chunks, a dry pool."""
+    params = qwen2.init_params(WIDE, jax.random.key(0))
+    random = np.random.default_rng(0)
+    requests = [
+        Request(i, tuple(random.integers(0, 2_048, size).tolist()), limit, samples=2)
+        for i, (size, limit) in enumerate(
+            zip((1, 33, 70, 5, 40, 17), (9, 30, 21, 5, 40, 12), strict=True)
+        )
+    ]
+    sizes = {"slots": 12, "window": 8, "page_tokens": 16, "chunk_tokens": 64}
+    want = run(make(params, model=WIDE, **sizes), requests)
+    others = [
+        (requests[::-1], {}),
+        (requests, {"slots": 8, "page_tokens": 32, "chunk_tokens": 32}),
+    ]
+    for given, other in others:
+        found = run(make(params, model=WIDE, **(sizes | other)), given)
         for key, c in want.items():
-            np.testing.assert_array_equal(other[key].tokens, c.tokens)
+            np.testing.assert_array_equal(found[key].tokens, c.tokens)
+            np.testing.assert_array_equal(found[key].logprobs, c.logprobs)
 
 
-def test_samples_of_a_group_differ_and_more_samples_keep_the_first(params):
-    few, many = run(params, samples=2), run(params, samples=4)
-    for (prompt, g), c in few.items():
-        np.testing.assert_array_equal(many[prompt, g].tokens, c.tokens)
-    assert len({tuple(c.tokens) for c in many.values()}) > 20
+def test_more_samples_keep_the_first_and_samples_differ(params):
+    engine = make(params)
+    few = run(engine, [Request(r.prompt, r.tokens, 12, samples=2) for r in REQUESTS])
+    many = run(engine)
+    for key, c in few.items():
+        np.testing.assert_array_equal(many[key].tokens, c.tokens)
+    assert len({tuple(c.tokens) for c in many.values()}) > 15
 
 
 def test_greedy_follows_the_likeliest_token(params):
-    (completion,) = run(params, PROMPTS[:1], samples=1, temperature=0.0).values()
-    tokens = list(PROMPTS[0].tokens)
+    (completion,) = run(make(params), [Request(0, (1,), 12)], temperature=0.0).values()
+    tokens = [1]
     for token in completion.tokens:
-        assert token == int(np.argmax(forward_logits(params, padded(tokens))[len(tokens) - 1]))
+        token_T = np.pad(tokens, (0, 40))[:40].astype(np.int32)
+        assert token == int(np.argmax(forward_logits(params, token_T)[len(tokens) - 1]))
         tokens.append(token)
 
 
-def test_one_compilation_serves_all_waves(params):
-    run(params)
-    before = engine._wave._cache_size()
-    run(params, PROMPTS[:5])  # the last wave is not full
-    assert engine._wave._cache_size() == before
+def test_completions_come_as_they_finish(params):
+    """The short ones before the long one, and while it still decodes."""
+    engine = make(params, slots=8)
+    requests = [Request(0, (1, 2), 40), *(Request(i, (1, 2, i), 2) for i in range(1, 4))]
+    order = [c.request for c in engine.generate(requests, Sampling())]
+    assert order[-1] == 0 and sorted(order) == [0, 1, 2, 3]
+
+
+def test_nothing_is_compiled_after_a_warm_up(params):
+    engine = make(params)
+    programs = (decode.window, decode.fill, decode.copy)
+    run(engine)
+    before = [p._cache_size() for p in programs]
+    run(engine, REQUESTS[::-1], eos_ids=EOS)
+    run(engine, [Request(i + 50, r.tokens[::-1], 12, r.samples) for i, r in enumerate(REQUESTS)])
+    assert [p._cache_size() for p in programs] == before
+
+
+def test_no_page_sized_copy_in_the_programs(params):
+    """Pools are changed in place: their buffers are those that were given."""
+    engine = make(params, pool_tokens=4_096)
+    run(engine, REQUESTS[:2])
+    before = [x.unsafe_buffer_pointer() for pool in engine._pools for x in pool if x is not None]
+    run(engine, REQUESTS[2:4])
+    after = [x.unsafe_buffer_pointer() for pool in engine._pools for x in pool if x is not None]
+    assert before == after
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_several_devices_equal_one(params, tensor):
+    """Four devices with slots and pages of their own; pairs of them that share heads."""
+    want = run(make(params))
+    devices = jax.devices()[:4]
+    config = EngineConfig(
+        model=MODEL, slots=32, window=4, page_tokens=4, chunk_tokens=16, tensor=tensor
+    )
+    mesh = engine_mesh(MODEL, tensor, devices)
+    sampler = qwen2.sampler_params(
+        jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P())), MODEL, "float32", mesh
+    )
+    found = run(Engine(sampler, config, devices))
+    for key, c in want.items():
+        np.testing.assert_array_equal(found[key].tokens, c.tokens)
+        np.testing.assert_allclose(found[key].logprobs, c.logprobs, atol=1e-5)
+    q = sampler["layers"][0]["q"]
+    assert q.addressable_shards[0].data.size * tensor == q.size
+
+
+def test_a_repeating_completion_is_cut_where_it_is_a_loop(params):
+    """Greedy decoding of random weights falls into a cycle."""
+    request = [Request(0, (1, 2), 60)]
+    whole = run(make(params), request, temperature=0.0, eos_ids=())[0, 0]
+    cut = run(make(params), request, temperature=0.0, eos_ids=(), loop_tokens=10)[0, 0]
+    assert cut.stop == "loop" and len(cut.tokens) < len(whole.tokens) == 60
+    np.testing.assert_array_equal(cut.tokens, whole.tokens[: len(cut.tokens)])
+    assert batching.loop_end(whole.tokens[: len(cut.tokens) - 1], 60, 10) is None
 
 
 @pytest.mark.parametrize(
-    "longest, columns", [(1, 8), (8, 8), (9, 16), (17, 32), (32, 32), (33, 64), (65, 96)]
+    "tokens, new, want",
+    [
+        ([1, 2, 3, 4, 5, 6], 6, None),
+        ([7, 1, 2, 1, 2, 1, 2], 7, 6),  # 1 2 1 of the second and third pair: at the sixth token
+        ([7, 1, 2, 1, 2, 1, 2], 1, 7),  # the others were looked at before
+        ([5, 5, 5, 5, 5], 5, 4),
+        ([1, 2, 9, 1, 2, 1], 6, None),
+    ],
 )
-def test_prompt_columns_hold_the_longest_prompt_in_few_shapes(longest, columns):
-    assert engine.prompt_columns(longest) == columns
+def test_loops_by_hand(tokens, new, want):
+    assert batching.loop_end(np.array(tokens), new, 3) == want
+
+
+def test_logits_that_are_not_numbers_end_their_request_only(params):
+    """Token 30 has an embedding of NaN: prompts with it fail, the others do not change."""
+    want = run(make(params), eos_ids=(), **{})
+    broken = jax.tree.map(lambda x: x, params)
+    head = params["embed"]
+    untied = qwen2.ModelConfig(**(vars(MODEL) | {"tied": False}))
+    broken = {**params, "embed": head.at[30].set(np.nan), "head": head}
+    requests = [*REQUESTS, Request(90, (1, 30, 2), 12, samples=2)]
+    found = run(make(broken, model=untied), requests, eos_ids=())
+    for key in ((90, 0), (90, 1)):
+        assert found[key].stop == "not_finite" and not len(found[key].tokens)
+    for key, c in want.items():
+        if 30 not in c.tokens:
+            np.testing.assert_array_equal(found[key].tokens, c.tokens)
+
+
+def test_a_soak_leaks_nothing(params):
+    """Many short completions: pages, memory and programs are what they were."""
+    engine = make(params, slots=16, pool_tokens=400)
+    requests = [Request(i, (1 + i % 30, 2), 1 + i % 5, samples=4) for i in range(250)]
+    list(engine.generate(requests, Sampling()))
+    compiled, arrays = decode.window._cache_size(), len(gc.collect() * [0] + jax.live_arrays())
+    for seed in range(2):
+        assert len(list(engine.generate(requests, Sampling(), seed=seed))) == 1_000
+    assert decode.window._cache_size() == compiled
+    gc.collect()
+    assert len(jax.live_arrays()) <= arrays
+
+
+BAD_REQUESTS = {
+    "context": (Request(4, (1,) * 60, 12), "prompt 4: 60 tokens and 12 more are above the context"),
+    "pool": (Request(4, (1,) * 30, 12), "prompt 4: .* need 11 pages of 4, the pool has 8"),
+    "no tokens": (Request(4, (), 12), "prompt 4: has no tokens"),
+    "max tokens": (Request(4, (1,), 0), "prompt 4: max_tokens 0 and samples 1 must be at least 1"),
+    "vocabulary": (Request(4, (36,), 3), "prompt 4: has tokens outside of the vocabulary of 36"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_request_that_cannot_be_used_is_named(params, name):
+    request, message = BAD_REQUESTS[name]
+    engine = make(params, pool_tokens=32)
+    with pytest.raises(EngineError, match=message):
+        engine.generate([Request(1, (1,), 3), request], Sampling())
+    assert len(run(engine, [Request(1, (1,), 3)])) == 1
+
+
+def test_settings_that_cannot_be_used(params):
+    engine = make(params)
+    with pytest.raises(EngineError, match=r"eos_ids \(36,\): must be in \[0, 36\)"):
+        engine.generate([], Sampling(eos_ids=(36,)))
+    with pytest.raises(EngineError, match="top_p 0: must be"):
+        engine.generate([], Sampling(top_p=0))
+    with pytest.raises(EngineError, match="slots 0: must be at least 1"):
+        make(params, slots=0)
+    with pytest.raises(EngineError, match="page_tokens 3: int8 pages"):
+        make(params, page_tokens=3, kv_dtype="int8")
+    with pytest.raises(EngineError, match=r"weights .* pages .* does not fit"):
+        make(params, memory_bytes=1_000)
+    with pytest.raises(EngineError, match="tensor 2: must divide 1 devices"):
+        make(params, tensor=2)
+
+
+def test_a_closed_or_reloaded_engine(params):
+    engine = make(params)
+    first = engine.generate(REQUESTS, Sampling())
+    next(first)
+    engine.load(qwen2.sampler_params(params, MODEL, "float32"))
+    with pytest.raises(EngineError, match="closed, loaded or asked"):
+        list(first)
+    engine.release()
+    with pytest.raises(EngineError, match="has no parameters"):
+        engine.generate(REQUESTS, Sampling())
+    engine.close()
+    for use in (lambda: engine.generate(REQUESTS, Sampling()), lambda: engine.load(params)):
+        with pytest.raises(EngineError, match="the engine is closed"):
+            use()

@@ -20,7 +20,9 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"gguf_tokenizer", "checkpoint_reader"},
     {"tokenizer"},
     {"weights", "train", "data", "curate"},
-    {"checkpoint", "sampling", "scheduler"},
+    {"checkpoint", "sampling", "scheduler", "memory_plan"},
+    {"decode"},
+    {"batching"},
     {"engine"},
     {"rollout", "scoring", "report"},
     # The stages: each a command, none built on another.

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vibejax import attention, qwen2
+from vibejax import attention, decode, qwen2
+from vibejax.kernels.pages import Pages
+from vibejax.kernels.row_copies import Copies
 from vibejax.losses.logprobs import token_logprobs
 from vibejax.rope import Rope
 
@@ -120,22 +122,25 @@ def test_gradients_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_rounds_no_float32_operand(dtype):
-    entries = TOKENS
-
-    def step(params, token_B, position_B, cache, column, visible_BS):
-        x_BE, cache = qwen2.decode_step(
-            params, token_B, position_B, cache, column, visible_BS, CONFIG
-        )
-        return qwen2.logits(params, x_BE, CONFIG), cache
-
-    sampler = jax.eval_shape(lambda p: qwen2.unstack(p, CONFIG, dtype), params(jnp.float32))
-    cache = [(array(dtype, ROWS, 2, 64, entries), array(dtype, ROWS, 2, entries, 64))] * 2
-    token_B = array(jnp.int32, ROWS)
-    visible_BS = array(jnp.bool_, ROWS, entries)
-    args = (sampler, token_B, token_B, cache, array(jnp.int32), visible_BS)
+@pytest.mark.parametrize("copied", [True, False], ids=["copies", "in place"])
+def test_decoding_rounds_no_float32_operand(dtype, copied):
+    sampler = qwen2.sampler_shapes(CONFIG, dtype)
+    K, D, B = CONFIG.kv_heads, CONFIG.head_dim, 8
+    pools = [Pages(array(dtype, 16, K, 8, 2 * D))] * CONFIG.layers
+    copies = [Copies(array(dtype, B, K, D, 16), array(dtype, B, K, 16, D))] * CONFIG.layers
+    integer, identity = array(jnp.int32, B), array(jnp.uint32, B)
+    rows = decode.Rows(
+        *[integer] * 4, *[identity] * 2, array(jnp.int32, B, 2), array(jnp.int32, 1),
+        array(jnp.bool_, B),
+    )  # fmt: skip
+    step = functools.partial(
+        decode.window, config=CONFIG, how=decode.Sampling(top_p=0.9), steps=4, group=8,
+        implementation="xla",
+    )  # fmt: skip
+    seed = array(jnp.uint32)
+    args = (sampler, pools, copies if copied else None, rows, seed, seed)
     found = products(lowered(step, *args))
-    assert len(found) == 2 * 9 + 1
+    assert len(found) > CONFIG.layers * 9
     assert not rounded(found)
 
 

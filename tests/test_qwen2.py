@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vibejax import qwen2, sharding
+from vibejax.kernels import reference
 from vibejax.losses.logprobs import token_logprobs
 from vibejax.rope import Rope, inverse_frequencies
 
@@ -121,55 +122,58 @@ def test_only_distances_count(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prefill_and_decoding_equal_the_full_forward(name):
-    """Two rows of prompts of 5 and 8 tokens, aligned at their ends, decode 4 tokens each.
-
-    The cache holds 12 entries: 8 columns of prompt and 4 more; 3 of row 0 are padding.
-    """
+def test_chunks_over_a_cache_equal_the_full_forward(name):
+    """A row of 12 tokens and one of 9, in chunks of 5, 1, 4 and 2; the second ends in padding."""
     config = CONFIGS[name]
-    params, lengths, P, S = random_params(config), [5, 8], 8, 12
-    tokens = [documents(config, [n + 4], n + 4)[0][0] for n in lengths]
-    token_BT, position_BT, segment_BT = np.zeros((3, 2, P), np.int32)
+    params, lengths = random_params(config), [12, 9]
+    tokens = [documents(config, [n], n)[0][0] for n in lengths]
+    token_BT = np.stack([np.pad(t, (0, 12 - len(t))) for t in tokens])
+    position_BT = np.where(np.arange(12) < np.array(lengths)[:, None], np.arange(12), -1)
+    sampler = qwen2.sampler_params(params, config, jnp.float32)
+
+    def attend(cache, q_BTHD, k_BTKD, v_BTKD):
+        cache = [jnp.concatenate(x, axis=1) for x in zip(cache, (k_BTKD, v_BTKD), strict=True)]
+        T, S = q_BTHD.shape[1], cache[0].shape[1]
+        position_BS = jnp.broadcast_to(jnp.arange(S), (2, S))
+        ones_BS = jnp.ones((2, S), jnp.int32)
+        a_BTHD = reference.attention(
+            q_BTHD, *cache, position_BS[:, S - T :], ones_BS[:, :T], position_BS, ones_BS
+        )
+        return a_BTHD, cache
+
+    shape = (2, 0, config.kv_heads, config.head_dim)
+    caches = [[jnp.zeros(shape), jnp.zeros(shape)]] * config.layers
+    outputs = []
+    for start, end in ((0, 5), (5, 6), (6, 10), (10, 12)):
+        step = jit(functools.partial(qwen2.cached_states, attend=attend, config=config))
+        part = (token_BT[:, start:end], position_BT[:, start:end])
+        x_BTE, caches = step(sampler, *part, caches)
+        outputs.append(np.asarray(x_BTE))
+    got_BTE = np.concatenate(outputs, axis=1)
     for b, n in enumerate(lengths):
-        token_BT[b, P - n :], position_BT[b, P - n :] = tokens[b][:n], np.arange(n)
-        segment_BT[b, P - n :] = 1
-
-    @jit
-    def start(params, token_BT, position_BT, segment_BT):
-        params = qwen2.unstack(params, config, jnp.float32)
-        x_BTE, cache = qwen2.prefill(params, token_BT, position_BT, segment_BT, config)
-        room = ((0, 0),) * 3 + ((0, S - P),)
-        cache = [(jnp.pad(k, room), jnp.pad(v, (*room[:2], room[3], (0, 0)))) for k, v in cache]
-        return params, x_BTE[:, -1], cache
-
-    step = jit(functools.partial(qwen2.decode_step, config=config))
-    layers, x_BE, cache = start(params, token_BT, position_BT, segment_BT)
-    outputs = [x_BE]
-    for i in range(4):
-        column = P + i
-        visible_BS = (np.arange(S) <= column) & (np.arange(S) >= P - np.array(lengths)[:, None])
-        token_B = np.array([tokens[b][n + i] for b, n in enumerate(lengths)])
-        x_BE, cache = step(layers, token_B, np.array(lengths) + i, cache, column, visible_BS)
-        outputs.append(x_BE)
-    for b, n in enumerate(lengths):
-        full = np.zeros((3, 1, 20), np.int32)
-        full[:, 0, : n + 4] = tokens[b], np.arange(n + 4), np.ones(n + 4)
-        want_TE = hidden_states(params, *full, config)[0, n - 1 : n + 4]
-        close(np.stack(outputs)[:, b], want_TE, rounding=1e-5)
+        full = tokens[b][None], np.arange(n)[None], np.ones((1, n), np.int32)
+        close(got_BTE[b, :n], hidden_states(params, *full, config)[0], rounding=1e-5)
 
 
-def test_prefill_is_the_forward_pass_and_keeps_keys_and_values():
-    """Stacked parameters give a stacked cache, the sampler's list of layers a list."""
+def test_the_sampler_s_copy_is_a_list_of_layers_with_inputs_last():
     config = CONFIGS["small"]
-    params, row = random_params(config), documents(config, [12, 8], 20)
-    prefill = jit(functools.partial(qwen2.prefill, config=config))
-    x_BTE, (k_LBKDT, v_LBKTD) = prefill(params, *row)
-    close(x_BTE, hidden_states(params, *row, config), rounding=1e-6)
-    assert k_LBKDT.shape == (2, 1, 2, 8, 20) and v_LBKTD.shape == (2, 1, 2, 20, 8)
-    from_list_BTE, cache = prefill(qwen2.unstack(params, config, jnp.float32), *row)
-    close(from_list_BTE, x_BTE, rounding=1e-6)
-    for layer, (k_BKDT, v_BKTD) in enumerate(cache):
-        close((k_BKDT, v_BKTD), (k_LBKDT[layer], v_LBKTD[layer]), rounding=1e-6)
+    params = random_params(config)
+    sampler = qwen2.sampler_params(params, config, jnp.bfloat16)
+    assert len(sampler["layers"]) == config.layers
+    for i, layer in enumerate(sampler["layers"]):
+        for name, order in (
+            ("q", (1, 2, 0)),
+            ("o", (2, 0, 1)),
+            ("down", (1, 0)),
+            ("q_bias", (0, 1)),
+        ):
+            want = np.asarray(params["layers"][name])[i].transpose(order)
+            np.testing.assert_array_equal(layer[name], want.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(sampler["embed"], np.asarray(params["embed"], jnp.bfloat16))
+    shapes = qwen2.sampler_shapes(config, jnp.bfloat16)
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), sampler, shapes)
+    )
 
 
 REMAT = ("none", "full", "attention", "offload")

@@ -31,9 +31,12 @@ from vibejax.kernels import (
     flash_attention_tpu,
     flash_attention_xla,
     reference,
+    row_copies,
     tiles,
 )
+from vibejax.kernels import pages as pages_
 from vibejax.kernels.pages import Pages
+from vibejax.kernels.row_copies import Copies, Recent
 from vibejax.sharding import constrain, context_chunk, spec, ways
 
 Implementation = Literal[
@@ -41,6 +44,7 @@ Implementation = Literal[
 ]
 REFERENCE_TOKENS = 2_048  # scores of 16 heads in float32: 256 MiB a row
 INTERPRETED_CHIP = "v5e"  # whose tiles are taken where there is no chip
+POOL = spec("batch", "kv_heads", None, None)  # of a device's pages, and of these its heads
 
 
 def attention(
@@ -127,11 +131,20 @@ def _device() -> tuple[str, str]:
 
 
 def _best(tokens: int, kind: str, platform: str) -> Implementation:
+    small = "reference" if tokens <= REFERENCE_TOKENS else "xla"
+    return _kernel(kind, platform) or small
+
+
+def _kernel(kind: str, platform: str) -> Literal["tpu", "gpu"] | None:
+    """What our kernels are called for these devices; None: there are none for them."""
     if platform == "tpu" and kind in tiles.TPU_CHIPS:
         return "tpu"
-    if platform == "gpu":
-        return "gpu"
-    return "reference" if tokens <= REFERENCE_TOKENS else "xla"
+    return "gpu" if platform == "gpu" else None
+
+
+def has_kernels() -> bool:
+    """Whether `auto` takes our kernels on the mesh in force."""
+    return _kernel(*_device()) is not None
 
 
 def _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, place_BT, platform):
@@ -202,8 +215,7 @@ def paged_attention(
     """
     kind, platform = _device()
     if implementation == "auto":
-        best = _best(REFERENCE_TOKENS + 1, kind, platform)
-        implementation = best if best in ("tpu", "gpu") else "xla"
+        implementation = _kernel(kind, platform) or "xla"
     backend, _, interpreted = implementation.partition("_")
     if backend in ("tpu", "gpu") and not interpreted and platform != backend:
         raise ValueError(
@@ -221,40 +233,72 @@ def paged_attention(
         attend = functools.partial(
             kernels[backend].paged_attention, group=group, interpret=bool(interpreted)
         )
-    arrays = (q_BTHD, pages, table_BM, length_B, shared_G)
-    if jax.sharding.get_abstract_mesh().empty:
-        return attend(*arrays)
-    queries, pool = spec("batch", None, "heads", None), spec("batch", "kv_heads", None, None)
-    of_sequence = spec("batch")
-    scales = None if pages.scale_PKal is None else pool
+    queries, of_sequence = spec("batch", None, "heads", None), spec("batch")
     groups = None if shared_G is None else of_sequence
-    return jax.shard_map(
-        attend,
-        in_specs=(queries, Pages(pool, scales), spec("batch", None), of_sequence, groups),
-        out_specs=queries,
-        check_vma=False,
-    )(*arrays)
+    in_specs = (queries, _pool_spec(pages), spec("batch", None), of_sequence, groups)
+    attend = _on_each_device(attend, in_specs, queries)
+    return attend(q_BTHD, pages, table_BM, length_B, shared_G)
 
 
-def decode_attention(
-    q_BHD: jax.Array, k_BKDS: jax.Array, v_BKSD: jax.Array, visible_BS: jax.Array
-) -> jax.Array:
-    """Attention of one new token a row over its cache.
+def write_pages(
+    pages: Pages,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    table_BM: jax.Array,
+    position_BT: jax.Array,
+) -> Pages:
+    """`kernels.pages.write`, on a mesh by each device into its own pages and heads."""
+    tokens, rows = spec("batch", None, "kv_heads", None), spec("batch", None)
+    pool = _pool_spec(pages)
+    write = _on_each_device(pages_.write, (pool, tokens, tokens, rows, rows), pool)
+    return write(pages, k_BTKD, v_BTKD, table_BM, position_BT)
 
-    Args:
-        q_BHD: [B, H, D] queries, rotated.
-        k_BKDS: [B, K, D, S] cached keys, rotated, the new token's among them.
-        v_BKSD: [B, K, S, D] cached values.
-        visible_BS: [B, S] bool, which cache entries each row sees; at least one.
 
-    Returns:
-        [B, H, D] of q's dtype.
+def read_pages(pages: Pages, table_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`kernels.pages.read`, on a mesh by each device of its own pages and heads."""
+    tokens = spec("batch", None, "kv_heads", None)
+    in_specs = (_pool_spec(pages), spec("batch", None))
+    return _on_each_device(pages_.read, in_specs, (tokens, tokens))(pages, table_BM)
 
-    Raises:
-        ValueError: the head counts do not divide, or keys and values differ in shape.
-    """
-    _check_heads(q_BHD.shape[1], v_BKSD.shape[1], k_BKDS.swapaxes(2, 3).shape, v_BKSD.shape)
-    return reference.decode_attention(q_BHD, k_BKDS, v_BKSD, visible_BS)
+
+def refresh_copies(
+    copies: Copies, pages: Pages, table_BM: jax.Array, cached_B: jax.Array, fresh_B: jax.Array
+) -> Copies:
+    """`kernels.row_copies.refresh`, on a mesh by each device of its own pages and heads."""
+    rows = spec("batch")
+    in_specs = (_of_rows(Copies), _pool_spec(pages), spec("batch", None), rows, rows)
+    refresh = _on_each_device(row_copies.refresh, in_specs, _of_rows(Copies))
+    return refresh(copies, pages, table_BM, cached_B, fresh_B)
+
+
+def keep_recent(
+    copies: Copies,
+    pages: Pages,
+    recent: Recent,
+    table_BM: jax.Array,
+    cached_B: jax.Array,
+    count_B: jax.Array,
+) -> tuple[Copies, Pages]:
+    """`kernels.row_copies.keep`, on a mesh by each device for its own rows."""
+    pool, rows = _pool_spec(pages), spec("batch")
+    in_specs = (_of_rows(Copies), pool, _of_rows(Recent), spec("batch", None), rows, rows)
+    keep = _on_each_device(row_copies.keep, in_specs, (_of_rows(Copies), pool))
+    return keep(copies, pages, recent, table_BM, cached_B, count_B)
+
+
+def _of_rows(kind: type):
+    return kind(*(spec("batch", "kv_heads", None, None),) * 2)
+
+
+def _pool_spec(pages: Pages) -> Pages:
+    """Each device has pages of its own, and of these its own heads."""
+    return Pages(*(None if x is None else POOL for x in pages))
+
+
+def _on_each_device(function, in_specs, out_specs):
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _check_heads(heads: int, kv_heads: int, k_shape: tuple, v_shape: tuple) -> None:

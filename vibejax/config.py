@@ -12,6 +12,7 @@ from pydantic import Field
 from vibejax.config_file import Section
 
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -102,16 +103,25 @@ class RolloutConfig(Section):
     max_completion_tokens: Count = _field(63_488, "longest completion, stop token included")
     temperature: Positive = _field(1.0, "divides the logits; 1 samples the policy itself")
     top_p: Share = _field(1.0, "probability mass kept by nucleus sampling")
-    top_k: Annotated[int, Field(ge=0)] = _field(0, "likeliest tokens kept; 0 keeps all")
-    slots: Count = _field(64, "completions decoded at one time, at least group_size")
-
-    @pydantic.model_validator(mode="after")
-    def _group_fits(self):
-        if self.slots < self.group_size:
-            raise ValueError(
-                f"slots = {self.slots} must be at least group_size = {self.group_size}"
-            )
-        return self
+    top_k: Natural = _field(0, "likeliest tokens kept; 0 keeps all")
+    min_tokens: Natural = _field(0, "before so many tokens no completion stops")
+    loop_tokens: Natural = _field(
+        0, "a completion ends that repeats itself for so many tokens, at most 64 apart; 0: none"
+    )
+    slots: Count = _field(64, "completions decoded at one time, over a host's devices")
+    window: Count = _field(16, "decode steps between two looks at what has ended")
+    page_tokens: Count = _field(64, "tokens of a page of keys and values")
+    pool_tokens: Natural = _field(
+        0, "tokens that a host's pages hold; 0: as many as its slots can use or its memory has"
+    )
+    chunk_tokens: Count = _field(512, "tokens of a prompt computed between two windows")
+    kv_dtype: Literal["compute", "int8"] = _field(
+        "compute", "of cached keys and values; compute: that of train.dtype"
+    )
+    tensor: Count = _field(1, "devices that share heads and feed-forward width while decoding")
+    attention: Literal["auto", "reference", "xla", "tpu", "gpu"] = _field(
+        "auto", "over pages; see vibejax.attention"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -169,7 +179,7 @@ class VerifiersConfig(Section):
 class EvalConfig(Section):
     """Held-out evaluation during training."""
 
-    every: Annotated[int, Field(ge=0)] = _field(
+    every: Natural = _field(
         0, "steps between evaluations; 0 evaluates only before the first and after the last"
     )
     prompts: Count = _field(512, "held-out prompts, the first of the file")
@@ -194,13 +204,11 @@ class RlConfig(Section):
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
     resume: bool = _field(False, "go on from the last checkpoint in `out`")
     steps: Count = _field(1_000, "optimizer steps")
-    seed: Annotated[int, Field(ge=0)] = _field(0, "of the prompt order and of sampling")
+    seed: Natural = _field(0, "of the prompt order and of sampling")
     drop_solved: bool = _field(
         False, "before training, drop prompts whose group is all right or all wrong"
     )
-    samples_per_step: Annotated[int, Field(ge=0)] = _field(
-        4, "completions written to samples.jsonl each step"
-    )
+    samples_per_step: Natural = _field(4, "completions written to samples.jsonl each step")
     mesh: MeshConfig = MeshConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -237,7 +245,7 @@ class SftConfig(Section):
     resume: bool = _field(False, "go on from the last checkpoint in `out`")
     steps: Count = _field(1_000, "optimizer steps")
     documents_per_step: Count = _field(128, "documents of one step")
-    seed: Annotated[int, Field(ge=0)] = _field(0, "of the weights and the document order")
+    seed: Natural = _field(0, "of the weights and the document order")
     export_dtype: Literal["float32", "bfloat16", "float16"] = _field(
         "bfloat16", "of the weights in `out`/final"
     )

@@ -1,47 +1,96 @@
-"""Completions of prompts: a wave of groups is prefilled together and decoded in one device loop.
+"""The rollout engine: requests in, completions out as they finish.
 
-Shape suffixes: N prompts of a wave, B = N * G rows, T prompt columns, C completion tokens, S
-cache entries, V vocabulary rows.
+    engine = Engine(qwen2.sampler_params(params, model, "bfloat16"), EngineConfig(model=model))
+    for completion in engine.generate([Request(0, tokens, max_tokens=512, samples=8)], Sampling()):
+        print(completion.request, completion.sample, completion.stop, completion.tokens)
 
-Prompts are aligned at their ends, so that every row writes the same cache column. A group's
-prompt is prefilled once. The seam to the rest is `generate`: requests in, completions out as
-they finish, each a function of (parameters, seed, step, prompt, sample) alone.
+Keys and values lie in pages of a pool. Sequences decode in slots, many steps a call (`decode`);
+between two windows the host takes out what has ended, fills free slots from the queue and has
+prompts computed in chunks (`scheduler`, `batching`). While a window runs, the caller has the
+completions of the one before. A completion is a function of (parameters, seed, step, prompt,
+sample) alone.
+
+Several devices: each has slots and pages of its own, and all take requests from one queue;
+`tensor` of them share heads and feed-forward width.
 """
 
 import dataclasses
-import functools
-import math
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vibejax import qwen2, sampling
+from vibejax import attention, batching, decode, memory_plan, sharding
+from vibejax.attention import Implementation
+from vibejax.batching import Draft
+from vibejax.config_file import InputError
+from vibejax.decode import Drawn, Sampling
+from vibejax.memory_plan import MemoryPlan
 from vibejax.qwen2 import ModelConfig, Params
+from vibejax.scheduler import Fill, Job, PoolTooSmallError, Queue, Running, Scheduler
 
-PROMPT_BUCKET = 32  # longer prompts are rounded up to a multiple of it
-SHORTEST_PROMPT = 8  # shorter ones to a power of two from here on
+Stop = Literal["stop", "length", "loop", "not_finite"]
+STOPS: dict[int, Stop] = {
+    decode.STOP: "stop",
+    decode.LENGTH: "length",
+    decode.NOT_FINITE: "not_finite",
+}
+
+
+class EngineError(InputError):
+    """A request or a setting that cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """The distribution that tokens are drawn from, and when a completion ends."""
+class EngineConfig:
+    """Sizes of an engine.
 
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    eos_ids: tuple[int, ...]
+    Attributes:
+        model: what decodes.
+        slots: sequences that decode at one time, over all devices.
+        context: tokens of the longest sequence, prompt and completion; 0: the model's.
+        window: decode steps of one call.
+        page_tokens: tokens of a page.
+        pool_tokens: that the pages of all devices hold; 0: `context` for every slot, or what the
+            memory has room for.
+        chunk_tokens: of a sequence that are computed between two windows.
+        kv_dtype: of keys and values in pages; "compute" is that of the parameters.
+        tensor: devices that share heads and feed-forward width.
+        attention: over pages, see `vibejax.attention`; `auto` decodes from copies of them
+            (`kernels.row_copies`) where there is no kernel.
+        memory_bytes: of one device, for all that the engine holds; 0: what it has.
+    """
+
+    model: ModelConfig
+    slots: int = 32
+    context: int = 0
+    window: int = 16
+    page_tokens: int = 64
+    pool_tokens: int = 0
+    chunk_tokens: int = 512
+    kv_dtype: Literal["compute", "int8"] = "compute"
+    tensor: int = 1
+    attention: Implementation = "auto"
+    memory_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt: its identity among all prompts (for the random draws) and its tokens."""
+    """One prompt to be completed.
+
+    Attributes:
+        prompt: its identity among all prompts, for the random draws.
+        tokens: of the prompt, at least one.
+        max_tokens: longest completion, stop token included.
+        samples: how many completions.
+    """
 
     prompt: int
     tokens: tuple[int, ...]
+    max_tokens: int
+    samples: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +98,19 @@ class Completion:
     """One sampled completion.
 
     Attributes:
+        request: index of its request among those given.
+        sample: which of the request's completions.
         tokens: [C] int32, the stop token included.
         logprobs: [C] float32, nats, of the distribution sampled from.
-        stop: "stop" at a stop token, "length" at the limit.
+        stop: "stop" at a stop token, "length" at the limit, "loop" where it repeats itself,
+            "not_finite" where the logits of the next token are not numbers.
     """
 
+    request: int
+    sample: int
     tokens: np.ndarray
     logprobs: np.ndarray
-    stop: Literal["stop", "length"]
+    stop: Stop
 
     @property
     def text_ids(self) -> list[int]:
@@ -64,129 +118,395 @@ class Completion:
         return self.tokens[: -1 if self.stop == "stop" else None].tolist()
 
 
-def sampler_params(params: Params, config: ModelConfig, dtype: Any) -> Params:
-    """The copy of the parameters that `generate` decodes with."""
-    return _unstack(params, config, dtype)
+@dataclasses.dataclass
+class Counts:
+    """What an engine has done for the latest requests.
+
+    Attributes:
+        tokens: drawn and kept.
+        slot_steps: rows that decode programs ran with, times their steps.
+        windows: how many of these there were.
+        filled_tokens: computed before decoding.
+        put_back: sequences that lost their pages for a while.
+        host_s: seconds of planning windows and of accounting for them.
+    """
+
+    tokens: int = 0
+    slot_steps: int = 0
+    windows: int = 0
+    filled_tokens: int = 0
+    put_back: int = 0
+    host_s: float = 0.0
 
 
-_unstack = jax.jit(qwen2.unstack, static_argnums=(1, 2))
+class Engine:
+    """Decodes on some devices; it is asked for one set of requests at a time."""
+
+    def __init__(
+        self, params: Params, config: EngineConfig, devices: Sequence[jax.Device] | None = None
+    ):
+        """Plans the memory; pages are allocated by the first `generate`.
+
+        Args:
+            params: from `qwen2.sampler_params`, on the devices; or their shapes, where `load`
+                brings them later.
+            config: sizes.
+            devices: of this process; None: all.
+
+        Raises:
+            EngineError: a size cannot be used, or the plan does not fit.
+        """
+        self.config, self.counts = config, Counts()
+        self._dtype = params["norm"].dtype
+        self.mesh = engine_mesh(config.model, config.tensor, devices)
+        self.context = config.context or config.model.context
+        self._parts = sharding.ways(self.mesh, "batch")
+        _check_config(config, self._parts)
+        self._entries = -(-self.context // config.page_tokens)
+        with jax.set_mesh(self.mesh):
+            self._has_copies = config.attention == "auto" and not attention.has_kernels()
+        self.memory = _plan_memory(self)
+        self.params = params if isinstance(params["norm"], jax.Array) else None
+        self._pools: decode.Pools | None = None
+        self._copies, self._copies_shape = None, None
+        self._closed, self._runs = False, 0
+        # Of each prompt: when it was last completed, how often then, and with how many tokens.
+        self._lengths: dict[int, tuple[int, int, int]] = {}
+
+    def load(self, params: Params) -> None:
+        """Takes other parameters of the same shapes; whatever was being generated ends."""
+        if self._closed:
+            raise EngineError("the engine is closed")
+        self.params = params
+        self._runs += 1
+
+    def release(self) -> None:
+        """Lets go of parameters and pages, until `load`."""
+        self.params = self._pools = self._copies = None
+        self._runs += 1
+
+    def close(self) -> None:
+        """Gives all memory back; the engine cannot be used any more."""
+        self.release()
+        self._closed = True
+
+    def generate(
+        self, requests: Sequence[Request], how: Sampling, *, seed: int = 0, step: int = 0
+    ) -> Iterator[Completion]:
+        """Samples completions.
+
+        Args:
+            requests: the prompts.
+            how: the distribution.
+            seed: of the run.
+            step: optimizer step, or another number for draws of another kind.
+
+        Returns:
+            The completions as they finish. Any other call of the engine ends it.
+
+        Raises:
+            EngineError: a request cannot be used, or the engine is closed.
+        """
+        if self._closed or self.params is None:
+            raise EngineError(f"the engine {'is closed' if self._closed else 'has no parameters'}")
+        _check_sampling(how, self.config.model)
+        queue = Queue()
+        parts = [
+            Scheduler(
+                queue, self.config.slots // self._parts, self.memory.pages,
+                self.config.page_tokens, self.config.window,
+            )
+            for _ in range(self._parts)
+        ]  # fmt: skip
+        jobs = []
+        for n, request in enumerate(requests):
+            _check_request(request, self.context, self.config.model)
+            job = Job(
+                n, len(request.tokens), request.samples, request.max_tokens,
+                self._expected(request.prompt),
+            )  # fmt: skip
+            try:
+                parts[0].check(job)
+            except PoolTooSmallError as error:
+                raise EngineError(f"prompt {request.prompt}: {error}") from None
+            jobs.append(job)
+        queue.submit(jobs)
+        self._runs += 1
+        self.counts = Counts()
+        return self._run(requests, queue, parts, how, np.uint32(seed), np.uint32(step), self._runs)
+
+    def _run(self, requests, queue, parts, how, seed, step, run) -> Iterator[Completion]:
+        drafts: dict[Running, Draft] = {}
+        tables = _Tables(self._parts, parts[0].slots, self._entries)
+        places = batching.Places(self._parts, parts[0].slots, keeps=self._has_copies)
+        self._copies, self._copies_shape = None, None
+        ended: list[Completion] = []
+        began = time.perf_counter()
+        while not all(part.idle for part in parts):
+            share = -(-(queue.samples + sum(p.outstanding for p in parts)) // len(parts))
+            plans = [part.plan(share) for part in parts]
+            for plan in plans:
+                for sequence in plan.started:
+                    drafts.setdefault(sequence, _draft(requests[sequence.job.id]))
+            tables.write(plans)
+            self.counts.host_s += time.perf_counter() - began
+            self._fill(plans, requests, drafts)
+            self._copy(parts, plans)
+            drawn = None
+            if places.assign(plans):
+                drawn = self._window(places, drafts, tables, how, seed, step)
+            yield from ended  # while the device works
+            if run != self._runs:
+                raise EngineError("the engine was closed, loaded or asked for something else")
+            drawn = jax.device_get(drawn)
+            began = time.perf_counter()
+            ended = self._account(places, drawn, parts, requests, drafts, how) if drawn else []
+            self.counts.put_back = sum(part.put_back_count for part in parts)
+        yield from ended
+
+    def _fill(self, plans, requests, drafts) -> None:
+        """Computes a chunk of all that waits for it."""
+        started = {(s.job.id, s.sample): s for plan in plans for s in plan.running.values()}
+
+        def tokens_of(fill: Fill) -> np.ndarray:
+            prompt = np.asarray(requests[fill.job.id].tokens, np.int32)
+            if fill.sample is None:
+                return prompt
+            draft = drafts[started[fill.job.id, fill.sample]]
+            return np.concatenate([prompt, draft.tokens[: draft.count]])
+
+        chunk_tokens = self.config.chunk_tokens
+        for call in batching.chunks(plans, tokens_of, chunk_tokens, self._entries):
+            with jax.set_mesh(self.mesh):
+                self._pools = decode.fill(
+                    self.params, self._take_pools(),
+                    call.token_BT, call.first_B, call.count_B, call.table_BM,
+                    config=self.config.model, implementation=self.config.attention,
+                )  # fmt: skip
+            for fill, count in zip(call.fills, call.counts, strict=True):
+                fill.done += count
+                self.counts.filled_tokens += count
+
+    def _copy(self, parts, plans) -> None:
+        """Copies what a prompt leaves over beyond its whole pages, for each of its samples."""
+        waiting = [
+            [s for s in plan.running.values() if s.ready and s.copies is not None] for plan in plans
+        ]
+        if not any(waiting):
+            return
+        rows = batching.fitting(batching.sizes(parts[0].slots), max(map(len, waiting)))
+        page_2PB = np.full((2, len(parts), rows), -1, np.int32)
+        for part, sequences in enumerate(waiting):
+            for row, sequence in enumerate(sequences):
+                page_2PB[:, part, row] = sequence.copies, sequence.pages[sequence.shared]
+                parts[part].copied(sequence)
+        with jax.set_mesh(self.mesh):
+            self._pools = decode.copy(self._take_pools(), *page_2PB.reshape(2, -1))
+
+    def _window(self, places, drafts, tables, how, seed, step) -> Drawn:
+        """Starts a window; its pages and copies are the device's from here on."""
+        config, entries, implementation = self.config, self._entries, self.config.attention
+        if self._has_copies:
+            tokens = config.page_tokens
+            needed = min(entries, -(-(places.longest() + config.window) // tokens))
+            lengths = batching.doublings(entries, -(-batching.LEAST_COPY // tokens))
+            entries = batching.fitting(lengths, needed)
+            shape = places.count, entries * tokens
+            if shape != self._copies_shape:
+                places.forget()
+                self._copies, self._copies_shape = None, shape
+                with jax.set_mesh(self.mesh):
+                    self._copies = decode.empty_copies(
+                        config.model, self._parts * places.count, shape[1], self._dtype
+                    )
+        rows = batching.make_rows(places, drafts, tables.page_PSM, entries)
+        with jax.set_mesh(self.mesh):
+            self._pools, self._copies, drawn = decode.window(
+                self.params, self._take_pools(), self._copies, rows, seed, step,
+                config=config.model, how=how, steps=config.window,
+                group=batching.group_of(places.count), implementation=implementation,
+            )  # fmt: skip
+        return drawn
+
+    def _account(self, places, drawn: Drawn, parts, requests, drafts, how) -> list[Completion]:
+        """Takes in what a window drew; the completions that ended in it."""
+        completions = []
+        self.counts.windows += 1
+        self.counts.slot_steps += len(drawn.count_B) * int(drawn.count_B.max())
+        for number, (part, row) in enumerate(zip(parts, places.sequences, strict=True)):
+            sampled, stops = {}, {}
+            for b, sequence in enumerate(row, number * places.count):
+                if sequence is None:
+                    continue
+                draft, count = drafts[sequence], int(drawn.count_B[b])
+                draft.extend(drawn.token_BW[b, :count], drawn.logprob_BW[b, :count])
+                stop = STOPS.get(int(drawn.why_B[b]))
+                if how.loop_tokens and stop != "not_finite":
+                    end = batching.loop_end(draft.tokens[: draft.count], count, how.loop_tokens)
+                    if end is not None and (end < draft.count or stop is None):
+                        draft.count, stop = end, "loop"
+                sampled[sequence.slot] = draft.count - sequence.sampled
+                if stop:
+                    stops[sequence.slot] = stop
+            for sequence, stop in zip(part.account(sampled, stops), stops.values(), strict=True):
+                draft = drafts.pop(sequence)
+                self.counts.tokens += draft.count
+                self._learn(requests[sequence.job.id].prompt, draft.count)
+                completions.append(
+                    Completion(
+                        sequence.job.id, sequence.sample, draft.tokens[: draft.count].copy(),
+                        draft.logprobs[: draft.count].copy(), stop,
+                    )
+                )  # fmt: skip
+        return completions
+
+    def _learn(self, prompt: int, tokens: int) -> None:
+        """Keeps the mean length of a prompt's latest completions, by which it will be queued."""
+        run, count, total = self._lengths.get(prompt, (self._runs, 0, 0))
+        if run != self._runs:
+            run, count, total = self._runs, 0, 0
+        self._lengths[prompt] = run, count + 1, total + tokens
+
+    def _expected(self, prompt: int) -> float | None:
+        if prompt not in self._lengths:
+            return None
+        _, count, total = self._lengths[prompt]
+        return total / count
+
+    def _take_pools(self) -> decode.Pools:
+        """The pools, to be given to a program that gives them back."""
+        taken, self._pools = self._pools, None
+        if taken is not None:
+            return taken
+        config, model = self.config, self.config.model
+        with jax.set_mesh(self.mesh):
+            return decode.empty_pools(
+                model, self._parts * self.memory.pages, config.page_tokens, _kv_dtype(self)
+            )
 
 
-def generate(
-    params: Params,
-    config: ModelConfig,
-    requests: Sequence[Request],
-    *,
-    samples: int,
-    how: Sampling,
-    slots: int,
-    seed: int,
-    step: int,
-) -> Iterator[tuple[int, int, Completion]]:
-    """Samples completions of each request.
+class _Tables:
+    """The pages of what is in each slot; a row is written where a sequence enters or grows."""
+
+    def __init__(self, parts: int, slots: int, entries: int):
+        self.page_PSM = np.zeros((parts, slots, entries), np.int32)
+        self._written_PS = np.zeros((parts, slots), int)
+
+    def write(self, plans) -> None:
+        for part, plan in enumerate(plans):
+            for sequence in plan.started:
+                self._written_PS[part, sequence.slot] = 0
+            for slot, sequence in plan.running.items():
+                written, total = self._written_PS[part, slot], len(sequence.pages)
+                if written < total:
+                    self.page_PSM[part, slot, written:total] = sequence.pages[written:]
+                    self._written_PS[part, slot] = total
+
+
+def _draft(request: Request) -> Draft:
+    return Draft(
+        prompt=request.prompt,
+        prompt_tokens=np.asarray(request.tokens, np.int32),
+        tokens=np.empty(request.max_tokens, np.int32),
+        logprobs=np.empty(request.max_tokens, np.float32),
+    )
+
+
+def engine_mesh(
+    model: ModelConfig, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """The mesh of an engine: groups of `tensor` devices, each with slots of its own.
 
     Args:
-        params: from `sampler_params`.
-        config: the model.
-        requests: the prompts.
-        samples: G, completions of each.
-        how: the distribution and the limits.
-        slots: rows decoded at one time, at least `samples`.
-        seed: of the run.
-        step: optimizer step, or another number for draws of another kind.
+        model: what decodes.
+        tensor: devices that share heads and feed-forward width.
+        devices: of this process; None: all.
 
-    Yields:
-        (index of the request, index of the sample, completion), as they finish.
+    Raises:
+        EngineError: they do not divide.
     """
-    per_wave = max(1, min(slots // samples, len(requests)))
-    columns = prompt_columns(max(len(r.tokens) for r in requests))
-    for start in range(0, len(requests), per_wave):
-        wave = requests[start : start + per_wave]
-        token_NT = np.zeros((per_wave, columns), np.int32)
-        length_N = np.ones(per_wave, np.int32)
-        prompt_N = np.zeros(per_wave, np.uint32)
-        for n, request in enumerate(wave):
-            token_NT[n, columns - len(request.tokens) :] = request.tokens
-            length_N[n], prompt_N[n] = len(request.tokens), request.prompt
-        active_N = np.arange(per_wave) < len(wave)
-        outputs = _wave(
-            params, token_NT, length_N, prompt_N, active_N, seed, step, config, samples, how
+    devices = jax.local_devices() if devices is None else devices
+    if len(devices) % tensor or model.kv_heads % tensor:
+        raise EngineError(
+            f"tensor {tensor}: must divide {len(devices)} devices and {model.kv_heads} "
+            "key/value heads"
         )
-        token_BC, logprob_BC, length_B, stopped_B = jax.device_get(outputs)
-        for b in range(len(wave) * samples):
-            length = length_B[b]
-            stop = "stop" if stopped_B[b] else "length"
-            completion = Completion(token_BC[b, :length], logprob_BC[b, :length], stop)
-            yield start + b // samples, b % samples, completion
+    return sharding.make_mesh({"data": len(devices) // tensor, "tensor": tensor}, devices)
 
 
-def prompt_columns(longest: int) -> int:
-    """Columns for prompts of at most `longest` tokens, so that few shapes are compiled."""
-    if longest > PROMPT_BUCKET:
-        return math.ceil(longest / PROMPT_BUCKET) * PROMPT_BUCKET
-    return max(SHORTEST_PROMPT, 2 ** math.ceil(math.log2(longest)))
+def _kv_dtype(engine: Engine):
+    if engine.config.kv_dtype == "int8":
+        return np.dtype(np.int8)
+    return engine._dtype
 
 
-@functools.partial(jax.jit, static_argnames=("config", "samples", "how"))
-def _wave(params, token_NT, length_N, prompt_N, active_N, seed, step, config, samples, how):
-    """Prefill and the decode loop of one wave."""
-    N, T = token_NT.shape
-    B, S = N * samples, T + how.max_tokens
-    start_N = T - length_N
-    column_T = jnp.arange(T)
-    position_NT = jnp.maximum(column_T[None] - start_N[:, None], 0)
-    segment_NT = (column_T[None] >= start_N[:, None]).astype(jnp.int32)
-    dtype = params["norm"].dtype
-    x_NTE, kv = qwen2.prefill(params, token_NT, position_NT, segment_NT, config, dtype=dtype)
-    room = ((0, 0), (0, 0), (0, 0), (0, how.max_tokens))
-    cache = [
-        (
-            jnp.repeat(jnp.pad(k_NKDT, room), samples, axis=0),
-            jnp.repeat(jnp.pad(v_NKTD.swapaxes(2, 3), room).swapaxes(2, 3), samples, axis=0),
+def _check_config(config: EngineConfig, parts: int) -> None:
+    for name in ("slots", "window", "page_tokens", "chunk_tokens", "tensor"):
+        if getattr(config, name) < 1:
+            raise EngineError(f"{name} {getattr(config, name)}: must be at least 1")
+    if config.slots % parts:
+        raise EngineError(f"slots {config.slots}: must be a multiple of the {parts} devices")
+    s = config.page_tokens
+    if config.kv_dtype == "int8" and not (s in (1, 2, 4, 8, 16, 32, 64) or s % 128 == 0):
+        raise EngineError(
+            f"page_tokens {s}: int8 pages must have a power of two at most 64, or a multiple of 128"
         )
-        for k_NKDT, v_NKTD in kv
-    ]
-    start_B = jnp.repeat(start_N, samples)
-    sample_B = jnp.tile(jnp.arange(samples, dtype=jnp.uint32), N)
-    key_B = sampling.sequence_keys(seed, step, jnp.repeat(prompt_N, samples), sample_B)
-    eos = jnp.asarray(how.eos_ids, jnp.int32)
 
-    def draw(x_BE, i, state):
-        """Samples token i of every row that has not ended."""
-        logit_BV = qwen2.logits(params, x_BE, config)
-        uniform_B = sampling.uniforms(key_B, jnp.full(B, i))
-        token_B, logprob_B = sampling.sample(
-            logit_BV, uniform_B, temperature=how.temperature, top_p=how.top_p, top_k=how.top_k
+
+def _check_sampling(how: Sampling, model: ModelConfig) -> None:
+    for name, holds, rule in (
+        ("temperature", how.temperature >= 0, "at least 0"),
+        ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
+        ("top_k", how.top_k >= 0, "at least 0"),
+        ("min_tokens", how.min_tokens >= 0, "at least 0"),
+        ("loop_tokens", how.loop_tokens >= 0, "at least 0"),
+        ("eos_ids", all(0 <= i < model.vocab for i in how.eos_ids), f"in [0, {model.vocab})"),
+    ):
+        if not holds:
+            raise EngineError(f"{name} {getattr(how, name)}: must be {rule}")
+
+
+def _check_request(request: Request, context: int, model: ModelConfig) -> None:
+    name, length = f"prompt {request.prompt}", len(request.tokens)
+    if not length:
+        raise EngineError(f"{name}: has no tokens")
+    if request.max_tokens < 1 or request.samples < 1:
+        raise EngineError(
+            f"{name}: max_tokens {request.max_tokens} and samples {request.samples} must be at "
+            "least 1"
         )
-        token_BC, logprob_BC, length_B, ended_B, stopped_B = state
-        token_BC = jax.lax.dynamic_update_slice(token_BC, token_B[:, None], (0, i))
-        logprob_BC = jax.lax.dynamic_update_slice(logprob_BC, logprob_B[:, None], (0, i))
-        length_B = jnp.where(ended_B, length_B, i + 1)
-        stops_B = ~ended_B & jnp.any(token_B[:, None] == eos[None], axis=1)
-        return token_B, (token_BC, logprob_BC, length_B, ended_B | stops_B, stopped_B | stops_B)
-
-    def going(carry):
-        i, _, _, state = carry
-        return (i < how.max_tokens) & ~jnp.all(state[3])
-
-    def advance(carry):
-        i, token_B, cache, state = carry
-        column = T + i - 1
-        visible_BS = (jnp.arange(S)[None] >= start_B[:, None]) & (jnp.arange(S) <= column)[None]
-        x_BE, cache = qwen2.decode_step(
-            params, token_B, column - start_B, cache, column, visible_BS, config
+    if length + request.max_tokens > context:
+        raise EngineError(
+            f"{name}: {length} tokens and {request.max_tokens} more are above the context of "
+            f"{context}"
         )
-        token_B, state = draw(x_BE, i, state)
-        return i + 1, token_B, cache, state
+    if min(request.tokens) < 0 or max(request.tokens) >= model.vocab:
+        raise EngineError(f"{name}: has tokens outside of the vocabulary of {model.vocab}")
 
-    state = (
-        jnp.zeros((B, how.max_tokens), jnp.int32),
-        jnp.zeros((B, how.max_tokens), jnp.float32),
-        jnp.zeros(B, jnp.int32),
-        jnp.repeat(~active_N, samples),
-        jnp.zeros(B, bool),
-    )
-    token_B, state = draw(jnp.repeat(x_NTE[:, -1], samples, axis=0), 0, state)
-    *_, state = jax.lax.while_loop(going, advance, (1, token_B, cache, state))
-    token_BC, logprob_BC, length_B, _, stopped_B = state
-    return token_BC, logprob_BC, length_B, stopped_B
+
+def _plan_memory(engine: Engine) -> MemoryPlan:
+    """The plan of an engine's memory, and with it the number of pages.
+
+    Raises:
+        EngineError: it does not fit.
+    """
+    config = engine.config
+    weights = memory_plan.weight_bytes(config.model, engine._dtype, config.tensor)
+    limit = config.memory_bytes or memory_plan.device_bytes(engine.mesh.local_devices[0])
+    try:
+        return memory_plan.plan(
+            config.model,
+            rows=config.slots // engine._parts,
+            context=engine._entries * config.page_tokens,
+            page_tokens=config.page_tokens,
+            pool_tokens=config.pool_tokens // engine._parts,
+            chunk_tokens=config.chunk_tokens,
+            kv_dtype=_kv_dtype(engine),
+            dtype=engine._dtype,
+            tensor=config.tensor,
+            copied=engine._has_copies,
+            weight_bytes=weights,
+            limit_bytes=limit,
+        )
+    except MemoryError as error:
+        raise EngineError(str(error)) from None

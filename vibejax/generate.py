@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import jax.numpy as jnp
 
-from vibejax import data, engine, qwen2, tokenizer, weights
+from vibejax import data, qwen2, tokenizer, weights
 from vibejax.config_file import InputError, errors_in_one_line
-from vibejax.engine import Completion, Request, Sampling
+from vibejax.decode import Sampling
+from vibejax.engine import Completion, Engine, EngineConfig, Request, engine_mesh
 from vibejax.locations import resolve
 
 RECORDS_AT_ONCE = 256
@@ -39,7 +41,12 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0 decodes greedily")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all")
+    parser.add_argument("--min-tokens", type=int, default=0, help="none stops before so many")
+    parser.add_argument("--loop-tokens", type=int, default=0,
+                        help="end what repeats itself for so many tokens; 0: never")  # fmt: skip
     parser.add_argument("--slots", type=int, default=32, help="completions decoded at one time")
+    parser.add_argument("--kv-dtype", choices=("compute", "int8"), default="compute",
+                        help="of cached keys and values")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
                         help="default: bfloat16 on accelerators, float32 on CPU")  # fmt: skip
@@ -59,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
         ("temperature", args.temperature >= 0, "at least 0"),
         ("top-p", 0 < args.top_p <= 1, "in (0, 1]"),
         ("top-k", args.top_k >= 0, "at least 0"),
-        ("slots", args.slots >= args.samples, "at least samples"),
+        ("min-tokens", args.min_tokens >= 0, "at least 0"),
+        ("loop-tokens", args.loop_tokens >= 0, "at least 0"),
+        ("slots", args.slots >= 1, "at least 1"),
     ):
         if not holds:
             value = getattr(args, name.replace("-", "_"))
@@ -69,15 +78,26 @@ def run(args: argparse.Namespace) -> None:
     tokens = tokenizer.load(path)
     requests, records = _requests(args, tokens, model.context - args.max_tokens)
     dtype = jnp.dtype(args.dtype or qwen2.default_dtype())
-    params = engine.sampler_params(weights.load_params(path, model, None, dtype), model, dtype)
     how = Sampling(
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
-        max_tokens=args.max_tokens,
         eos_ids=tokens.eos_ids,
+        min_tokens=args.min_tokens,
+        loop_tokens=args.loop_tokens,
     )
-    groups = _groups(params, model, requests, args, how)
+    slots = min(args.slots, args.samples * len(requests))
+    devices = jax.local_devices()
+    config = EngineConfig(
+        model=model,
+        slots=-(-slots // len(devices)) * len(devices),
+        context=max(len(r.tokens) + r.max_tokens for r in requests) if requests else 1,
+        kv_dtype=args.kv_dtype,
+    )
+    mesh = engine_mesh(model, 1, devices)
+    params = weights.load_params(path, model, mesh, dtype)
+    engine = Engine(qwen2.sampler_params(params, model, dtype, mesh), config, devices)
+    groups = _groups(engine, requests, how, args.seed)
     if args.prompt is not None:
         for completion in next(groups):
             print(tokens.decode(completion.text_ids))
@@ -91,7 +111,9 @@ def run(args: argparse.Namespace) -> None:
 def _requests(args, tokens, room: int) -> tuple[list[Request], list[data.Record]]:
     if args.prompts is not None:
         prompts = data.read_prompts(resolve(args.prompts), tokens, max_tokens=room)
-        return [Request(p.index, p.tokens) for p in prompts], [p.record for p in prompts]
+        return [Request(p.index, p.tokens, args.max_tokens, args.samples) for p in prompts], [
+            p.record for p in prompts
+        ]
     record = {"prompt": args.prompt}
     if not args.raw:
         record = {"messages": [{"role": "user", "content": args.prompt}]}
@@ -103,20 +125,28 @@ def _requests(args, tokens, room: int) -> tuple[list[Request], list[data.Record]
             f"--prompt has {len(ids)} tokens; with --max-tokens {args.max_tokens} the model has "
             f"room for {room}"
         )
-    return [Request(0, tuple(ids))], [record]
+    return [Request(0, tuple(ids), args.max_tokens, args.samples)], [record]
 
 
-def _groups(params, model, requests, args, how: Sampling) -> Iterator[list[Completion]]:
-    """Each request's completions, in the order of the requests."""
+def _groups(
+    engine: Engine, requests: list[Request], how: Sampling, seed: int
+) -> Iterator[list[Completion]]:
+    """Each request's completions, in the order of the requests.
+
+    Raises:
+        InputError: the model's logits are not numbers.
+    """
     for start in range(0, len(requests), RECORDS_AT_ONCE):
         part = requests[start : start + RECORDS_AT_ONCE]
         groups: list[dict[int, Completion]] = [{} for _ in part]
-        for n, g, completion in engine.generate(
-            params, model, part, samples=args.samples, how=how, slots=args.slots,
-            seed=args.seed, step=0,
-        ):  # fmt: skip
-            groups[n][g] = completion
-        yield from ([group[g] for g in range(args.samples)] for group in groups)
+        for completion in engine.generate(part, how, seed=seed):
+            if completion.stop == "not_finite":
+                raise InputError(
+                    f"prompt {part[completion.request].prompt + 1}: the model's logits are not "
+                    f"numbers after {len(completion.tokens)} tokens"
+                )
+            groups[completion.request][completion.sample] = completion
+        yield from ([group[g] for g in range(len(group))] for group in groups)
 
 
 def _rows(group: list[Completion], tokens: tokenizer.Tokenizer) -> list[dict[str, Any]]:

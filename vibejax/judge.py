@@ -11,11 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from vibejax import engine, qwen2, tokenizer, weights
+from vibejax import qwen2, tokenizer, weights
 from vibejax.config_file import errors_in_one_line
-from vibejax.engine import Request, Sampling
+from vibejax.decode import Sampling
+from vibejax.engine import Engine, EngineConfig, Request, engine_mesh
 from vibejax.verifiers import Verdict, rubric
 from vibejax.verifiers import __main__ as verifiers_command
 
@@ -68,10 +70,10 @@ def judge(
         # What is judged is a stranger's text: it must not open a turn of its own.
         ids = tokens.encode_chat(messages, control_in_content=False)
         if len(ids) + max_tokens <= config.context:
-            requests.append(Request(n, tuple(ids)))
+            requests.append(Request(n, tuple(ids), max_tokens))
         else:
             troubles[n] = f"{len(ids)} tokens and {max_tokens} of answer pass its {config.context}"
-    answers = dict(_answers(path, config, tokens, requests, max_tokens)) if requests else {}
+    answers = dict(_answers(path, config, tokens, requests)) if requests else {}
 
     return [
         rubric.unscored(troubles[n])
@@ -81,20 +83,20 @@ def judge(
     ]
 
 
-def _answers(path, config, tokens, requests, max_tokens):
-    """(index of the item, text of the judgement), shortest prompts first: waves are then even."""
+def _answers(path, config, tokens, requests):
+    """(index of the item, text of the judgement), as they come."""
     dtype = jnp.dtype(qwen2.default_dtype())
-    params = engine.sampler_params(weights.load_params(path, config, None, dtype), config, dtype)
-    how = Sampling(
-        temperature=0.0, top_p=1.0, top_k=0, max_tokens=max_tokens, eos_ids=tokens.eos_ids
+    devices = jax.local_devices()
+    mesh = engine_mesh(config, 1, devices)
+    params = qwen2.sampler_params(
+        weights.load_params(path, config, mesh, dtype), config, dtype, mesh
     )
-    requests = sorted(requests, key=lambda request: len(request.tokens))
-    for start in range(0, len(requests), SLOTS):
-        wave = requests[start : start + SLOTS]
-        for n, _, completion in engine.generate(
-            params, config, wave, samples=1, how=how, slots=SLOTS, seed=0, step=0
-        ):
-            yield wave[n].prompt, tokens.decode(completion.text_ids)
+    slots = -(-min(SLOTS, len(requests)) // len(devices)) * len(devices)
+    longest = max(len(r.tokens) + r.max_tokens for r in requests)
+    engine = Engine(params, EngineConfig(model=config, slots=slots, context=longest), devices)
+    how = Sampling(temperature=0.0, eos_ids=tokens.eos_ids)
+    for completion in engine.generate(requests, how):
+        yield requests[completion.request].prompt, tokens.decode(completion.text_ids)
 
 
 if __name__ == "__main__":

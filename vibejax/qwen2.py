@@ -2,7 +2,7 @@
 
 `param_table` declares every parameter once: its shape, the names of its axes (which decide its
 sharding), its Hugging Face name and layout (which decide how weights are read and written) and
-how it is initialised. The forward pass runs over packed rows; `decode_step` over a cache.
+how it is initialised. `hidden_states` runs over packed rows, `cached_states` over a cache.
 
 Shape suffixes: L layers, B rows, T tokens, S cache entries, E model width, H query heads, K
 key/value heads, D head dimension, F feed-forward width, V vocabulary rows.
@@ -17,14 +17,15 @@ order of operations, which the parity test pins.
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from vibejax.attention import Implementation, attention, decode_attention
+from vibejax.attention import Implementation, attention
 from vibejax.rope import Rope, inverse_frequencies
 from vibejax.sharding import constrain, sharding
 
@@ -161,8 +162,11 @@ def param_table(config: ModelConfig) -> Params:
 
 def map_table(function: Any, config: ModelConfig, *trees: Params) -> Params:
     """A tree of `function(info, *leaves)` over `param_table(config)` and trees of its form."""
-    is_info = lambda x: isinstance(x, ParamInfo)  # noqa: E731 - a predicate, used once
-    return jax.tree.map(function, param_table(config), *trees, is_leaf=is_info)
+    return jax.tree.map(function, param_table(config), *trees, is_leaf=_is_info)
+
+
+def _is_info(x: Any) -> bool:
+    return isinstance(x, ParamInfo)
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
@@ -234,57 +238,20 @@ def hidden_states(
     Returns:
         [B, T, E] of `dtype`.
     """
-    rows = (token_BT, position_BT, segment_BT, place_BT)
-    x_BTE, _ = _layers(params, *rows, config, dtype, remat, implementation, keep_kv=False)
-    return x_BTE
-
-
-def prefill(
-    params: Params,
-    token_BT: jax.Array,
-    position_BT: jax.Array,
-    segment_BT: jax.Array,
-    config: ModelConfig,
-    *,
-    dtype: Any = jnp.float32,
-) -> tuple[jax.Array, Any]:
-    """`hidden_states`, and the rotated keys and the values of every layer.
-
-    Returns:
-        [B, T, E] of `dtype`; keys [B, K, D, T] and values [B, K, T, D] of `dtype`: a list over
-        the layers where `params` are as `unstack` returns them, else stacked.
-    """
-    rows = (token_BT, position_BT, segment_BT, None)
-    return _layers(params, *rows, config, dtype, "none", "auto", keep_kv=True)
-
-
-def _layers(
-    params, token_BT, position_BT, segment_BT, place_BT, config, dtype, remat, implementation,
-    *, keep_kv,
-):  # fmt: skip
     x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
     cos_BTD, sin_BTD = _rope(position_BT, config)
 
-    def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, Any]:
+    def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, None]:
         x_BTE = checkpoint_name(x_BTE, "layer_input")
-        q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config)
+        q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config, TRAINER)
         a_BTHD = attention(
             q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation, place_BT
         )
         x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
-        x_BTE = constrain(_mlp(x_BTE, p, config), "batch", "length", None)
-        kv = (k_BTKD.transpose(0, 2, 3, 1), v_BTKD.swapaxes(1, 2)) if keep_kv else None
-        return x_BTE, kv
+        return constrain(_mlp(x_BTE, p, config, TRAINER), "batch", "length", None), None
 
-    layer = _rematerialised(layer, remat)
-    if isinstance(params["layers"], list):  # the sampler's copy
-        kv = []
-        for p in params["layers"]:
-            x_BTE, kv_of_layer = layer(x_BTE, p)
-            kv.append(kv_of_layer)
-    else:
-        x_BTE, kv = jax.lax.scan(layer, x_BTE, params["layers"])
-    return _rms_norm(x_BTE, params["norm"], config.norm_epsilon), kv
+    x_BTE, _ = jax.lax.scan(_rematerialised(layer, remat), x_BTE, params["layers"])
+    return _rms_norm(x_BTE, params["norm"], config.norm_epsilon)
 
 
 def _rematerialised(layer, remat: Remat):
@@ -306,75 +273,139 @@ def _rematerialised(layer, remat: Remat):
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def unstack(params: Params, config: ModelConfig, dtype: Any) -> Params:
-    """The sampler's copy: `dtype`, with a list of layers in place of the stacked arrays.
-
-    Decoding reads every weight once a token. From a stacked array each layer would first be
-    copied out of it; from a list it is read where it lies.
-    """
-    params = jax.tree.map(lambda w: w.astype(dtype), params)
-    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(config.layers)]
-    return params | {"layers": layers}
-
-
-def decode_step(
+def cached_states(
     params: Params,
-    token_B: jax.Array,
-    position_B: jax.Array,
-    cache: list[tuple[jax.Array, jax.Array]],
-    column: jax.Array,
-    visible_BS: jax.Array,
+    token_BT: jax.Array,
+    position_BT: jax.Array,
+    caches: Sequence[Any],
+    attend: Callable[..., tuple[jax.Array, Any]],
     config: ModelConfig,
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """One token a row: its normed output, and the cache with its keys and values written.
+) -> tuple[jax.Array, list[Any]]:
+    """Normed outputs for the next tokens of sequences whose earlier ones are cached.
 
     Args:
-        params: as `unstack` returns them.
-        token_B: [B] int32.
-        position_B: [B] int32 position of the token in its document.
-        cache: for each layer, keys [B, K, D, S] and values [B, K, S, D].
-        column: scalar int32, the cache entry that the token takes in every row.
-        visible_BS: [B, S] bool, the entries that the token sees, its own among them.
+        params: as `sampler_params` returns them.
+        token_BT: [B, T] int32.
+        position_BT: [B, T] int32 position of each token in its sequence; -1 is padding.
+        caches: of each layer, whatever `attend` takes.
+        attend: (cache, q_BTHD, k_BTKD, v_BTKD) -> (a_BTHD, cache): caches the keys and values
+            of the new tokens, and attends to all up to each.
         config: static.
 
     Returns:
-        [B, E] of the parameters' dtype, and the cache.
+        [B, T, E] of the parameters' dtype, and the caches.
     """
-    x_B1E = params["embed"][token_B][:, None]
-    cos_B1D, sin_B1D = _rope(position_B[:, None], config)
+    x_BTE = constrain(params["embed"][token_BT], "batch", None, None)
+    cos_BTD, sin_BTD = _rope(jnp.maximum(position_BT, 0), config)
     written = []
-    for p, (k_BKDS, v_BKSD) in zip(params["layers"], cache, strict=True):
-        q_B1HD, k_B1KD, v_B1KD = _qkv(x_B1E, p, cos_B1D, sin_B1D, config)
-        k_BKD1, v_BK1D = k_B1KD.transpose(0, 2, 3, 1), v_B1KD.swapaxes(1, 2)
-        k_BKDS = jax.lax.dynamic_update_slice(k_BKDS, k_BKD1, (0, 0, 0, column))
-        v_BKSD = jax.lax.dynamic_update_slice(v_BKSD, v_BK1D, (0, 0, column, 0))
-        a_BHD = decode_attention(q_B1HD[:, 0], k_BKDS, v_BKSD, visible_BS)
-        x_B1E = x_B1E + _project("BTHD,HDE->BTE", a_BHD[:, None], p["o"])
-        x_B1E = _mlp(x_B1E, p, config)
-        written.append((k_BKDS, v_BKSD))
-    return _rms_norm(x_B1E, params["norm"], config.norm_epsilon)[:, 0], written
+    for p, cache in zip(params["layers"], caches, strict=True):
+        q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config, SAMPLER)
+        a_BTHD, cache = attend(cache, q_BTHD, k_BTKD, v_BTKD)
+        x_BTE = x_BTE + _project_held("BTHD,HDE->BTE", a_BTHD, p["o"])
+        x_BTE = constrain(_mlp(x_BTE, p, config, SAMPLER), "batch", None, None)
+        written.append(cache)
+    return _norm_alike(x_BTE, params["norm"], config.norm_epsilon), written
 
 
-def _qkv(x_BTE, p, cos_BTD, sin_BTD, config):
-    h_BTE = _rms_norm(x_BTE, p["attention_norm"], config.norm_epsilon)
-    q_BTHD = _biased(_project("BTE,EHD->BTHD", h_BTE, p["q"]), p["q_bias"])
-    k_BTKD = _biased(_project("BTE,EKD->BTKD", h_BTE, p["k"]), p["k_bias"])
-    v_BTKD = _biased(_project("BTE,EKD->BTKD", h_BTE, p["v"]), p["v_bias"])
+def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh | None = None):
+    """The copy of the parameters that `cached_states` reads: `dtype`, a list of layers.
+
+    Decoding reads every weight once a token. From a stacked array each layer would first be
+    copied out of it; from a list it is read where it lies. Projections have their input axes
+    last: of this form a CPU's products give a row the same bits beside any number of others.
+
+    Args:
+        params: tree of `param_table(config)`.
+        config: of the model.
+        dtype: of the copy.
+        mesh: where it is to lie, over devices that hold `params`; None: where they are. One layer
+            is moved at a time.
+    """
+    layers = [
+        _sampler_layer(params["layers"], i, config, jnp.dtype(dtype), mesh)
+        for i in range(config.layers)
+    ]
+    rest = {name: w for name, w in params.items() if name != "layers"}
+    return _sampler_rest(rest, config, jnp.dtype(dtype), mesh) | {"layers": layers}
+
+
+def sampler_shapes(config: ModelConfig, dtype: Any) -> Params:
+    """The shapes and dtypes of `sampler_params`."""
+    create = lambda: init_params(config, jax.random.key(0))  # noqa: E731 - traced, never run
+    return jax.eval_shape(lambda: sampler_params(create(), config, dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _sampler_layer(stacked, i, config, dtype, mesh):
+    def hold(info: ParamInfo, w_L: jax.Array) -> jax.Array:
+        w = jax.lax.dynamic_index_in_dim(w_L, i, keepdims=False).astype(dtype)
+        order = (*range(info.inputs, w.ndim), *range(info.inputs))
+        w = w.transpose(order)
+        return _on(mesh, w, *(info.axes[1:][axis] for axis in order))
+
+    return jax.tree.map(hold, param_table(config)["layers"], stacked, is_leaf=_is_info)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _sampler_rest(rest, config, dtype, mesh):
+    table = param_table(config)
+    return {name: _on(mesh, w.astype(dtype), *table[name].axes) for name, w in rest.items()}
+
+
+def _on(mesh: Mesh | None, w: jax.Array, *axes: str) -> jax.Array:
+    if mesh is None:
+        return w
+    return jax.lax.with_sharding_constraint(w, sharding(mesh, w.shape, *axes))
+
+
+def _project_held(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The same product as `_project`'s, with a weight whose input axes are last.
+
+    As a product of two matrices: of others XLA for CPUs changes the order of sums with the rows.
+    """
+    inputs, outputs = subscripts.split("->")
+    _, w_axes = inputs.split(",")
+    summed = sum(axis not in outputs for axis in w_axes)
+    rows, size = x.shape[: x.ndim - summed], math.prod(x.shape[x.ndim - summed :])
+    y_NF = _einsum("NE,FE->NF", x.reshape(-1, size), w.reshape(-1, size))
+    return y_NF.reshape(*rows, *w.shape[: w.ndim - summed])
+
+
+def _qkv(x_BTE, p, cos_BTD, sin_BTD, config, how):
+    h_BTE = how.norm(x_BTE, p["attention_norm"], config.norm_epsilon)
+    q_BTHD = _biased(how.project("BTE,EHD->BTHD", h_BTE, p["q"]), p["q_bias"])
+    k_BTKD = _biased(how.project("BTE,EKD->BTKD", h_BTE, p["k"]), p["k_bias"])
+    v_BTKD = _biased(how.project("BTE,EKD->BTKD", h_BTE, p["v"]), p["v_bias"])
     q_BTHD = constrain(_rotate(q_BTHD, cos_BTD, sin_BTD), "batch", "length", "heads", None)
     return q_BTHD, _rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
 
 
-def _mlp(x_BTE, p, config):
-    h_BTE = _rms_norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
-    gate_BTF = jax.nn.silu(_project("BTE,EF->BTF", h_BTE, p["gate"]))
-    up_BTF = _project("BTE,EF->BTF", h_BTE, p["up"])
-    return x_BTE + _project("BTF,FE->BTE", gate_BTF * up_BTF, p["down"])
+def _mlp(x_BTE, p, config, how):
+    h_BTE = how.norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
+    gate_BTF = jax.nn.silu(how.project("BTE,EF->BTF", h_BTE, p["gate"]))
+    up_BTF = how.project("BTE,EF->BTF", h_BTE, p["up"])
+    return x_BTE + how.project("BTF,FE->BTE", gate_BTF * up_BTF, p["down"])
 
 
 def _rms_norm(x_BTE: jax.Array, scale_E: jax.Array, epsilon: float) -> jax.Array:
-    x32_BTE = x_BTE.astype(jnp.float32)
-    variance_BT1 = jnp.mean(x32_BTE**2, axis=-1, keepdims=True)
-    normed_BTE = x32_BTE * jax.lax.rsqrt(variance_BT1 + epsilon)
+    sum_BT1 = jnp.sum(x_BTE.astype(jnp.float32) ** 2, axis=-1, keepdims=True)
+    return _normed(x_BTE, sum_BT1, scale_E, epsilon)
+
+
+def _norm_alike(x_BTE: jax.Array, scale_E: jax.Array, epsilon: float) -> jax.Array:
+    """`_rms_norm` whose bits do not depend on the number of rows.
+
+    XLA for CPUs rounds the squares in a sum of many rows, and does not in one of few; a product
+    with ones sums what is rounded in any case.
+    """
+    square_NE = (x_BTE.astype(jnp.float32) ** 2).reshape(-1, x_BTE.shape[-1])
+    sum_N8 = _einsum("NE,FE->NF", square_NE, jnp.ones((8, x_BTE.shape[-1])))
+    return _normed(x_BTE, sum_N8[:, :1].reshape(*x_BTE.shape[:2], 1), scale_E, epsilon)
+
+
+def _normed(x_BTE, sum_BT1, scale_E, epsilon):
+    variance_BT1 = sum_BT1 / x_BTE.shape[-1]
+    normed_BTE = x_BTE.astype(jnp.float32) * jax.lax.rsqrt(variance_BT1 + epsilon)
     return (normed_BTE * _held(scale_E, x_BTE.dtype)[None, None]).astype(x_BTE.dtype)
 
 
@@ -406,6 +437,17 @@ def _rotate(x_BTHD: jax.Array, cos_BTD: jax.Array, sin_BTD: jax.Array) -> jax.Ar
     a, b = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos_BT1D - b * sin_BT1D, b * cos_BT1D + a * sin_BT1D], axis=-1)
     return rotated.astype(x_BTHD.dtype)
+
+
+class _Layer(NamedTuple):
+    """What the trainer and the sampler compute alike but not in the same way."""
+
+    project: Callable[[str, jax.Array, jax.Array], jax.Array]
+    norm: Callable[[jax.Array, jax.Array, float], jax.Array]
+
+
+TRAINER = _Layer(_project, _rms_norm)
+SAMPLER = _Layer(_project_held, _norm_alike)
 
 
 def train_flops_per_token(config: ModelConfig, attended: float) -> float:

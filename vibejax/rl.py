@@ -20,7 +20,6 @@ import optax
 
 from vibejax import (
     data,
-    engine,
     optimizer,
     qwen2,
     rollout,
@@ -32,9 +31,11 @@ from vibejax import (
     weights,
 )
 from vibejax.checkpoint import Checkpoints
-from vibejax.config import RlConfig
+from vibejax.config import RlConfig, TrainConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
+from vibejax.decode import Sampling
+from vibejax.engine import Engine, Request
 from vibejax.locations import resolve
 from vibejax.losses import importance, mgpo
 from vibejax.metrics import Metrics
@@ -49,6 +50,8 @@ from vibejax.verifiers.pool import Pool, VerifierFailure
 DEFAULT = Path(__file__).parent / "quickstart" / "rl.toml"
 HELDOUT_DRAWS = 2**31 - 1  # the "step" of held-out draws: always the same, so gains are paired
 FILTER_DRAWS = 2**31 - 2
+HANDOVER_DRAWS = 2**31 - 3
+HANDOVER_TOKENS = 8  # drawn and scored after every hand-over of weights
 SUMS = ("policy/loss", "policy/clipped_tokens", "policy/entropy", "policy/reference_kl")
 COLUMNS = {
     "accuracy": ("rollout/accuracy", ".3f"),
@@ -73,6 +76,7 @@ class Setup:
     model: ModelConfig
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
+    engine: Engine
     optimizer: optax.GradientTransformation
     train_step: TrainStep
     score: Callable[[Params, train.Batch], jax.Array]
@@ -139,7 +143,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                     f"step {step}: the loss or the gradient is not finite; the state after step "
                     f"{step - 1} is saved in {folder / 'checkpoints'}"
                 )
-            values |= {
+            values |= rollout.engine_metrics(setup.engine.counts) | {
                 "time/step_s": time.perf_counter() - start,
                 "time/sample_s": sampled - start,
                 "time/sampled_tokens_per_s": rolled.length_NG.sum() / (sampled - start),
@@ -174,6 +178,12 @@ def set_up(config: RlConfig) -> Setup:
             f"the {model.context} positions of {config.policy}"
         )
     mesh = _mesh(config, model)
+    engine = Engine(
+        qwen2.sampler_shapes(model, config.train.dtype),
+        rollout.engine_config(config.rollout, model),
+        mesh.local_devices,
+    )
+    print(engine.memory)
     adamw = optimizer.make_optimizer(config.optimizer, config.steps * config.objective.updates)
     schedule = optimizer.make_schedule(config.optimizer, config.steps * config.objective.updates)
     loss_fn = functools.partial(policy_loss, model=model, config=config)
@@ -183,6 +193,7 @@ def set_up(config: RlConfig) -> Setup:
         model=model,
         tokenizer=tokenizer.load(source),
         mesh=mesh,
+        engine=engine,
         optimizer=adamw,
         train_step=train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
         score=jax.jit(lambda params, rows: _logprobs(params, rows, model, config).logprob_BT),
@@ -244,12 +255,11 @@ def evaluate_heldout(
 ) -> Rollout:
     """Verified completions of the held-out prompts, with the same draws every time."""
     config = setup.config
-    how = engine.Sampling(
+    how = Sampling(
         temperature=config.eval.temperature,
         top_p=config.eval.top_p,
-        top_k=0,
-        max_tokens=config.rollout.max_completion_tokens,
         eos_ids=setup.tokenizer.eos_ids,
+        loop_tokens=config.rollout.loop_tokens,
     )
     return _sample(setup, state, prompts, pool, how, config.eval.samples, HELDOUT_DRAWS)
 
@@ -334,31 +344,76 @@ def _with_channel(setup: Setup, params: Params, documents: list[Document], name:
     ]
 
 
-def _training_draws(setup: Setup) -> engine.Sampling:
+def _training_draws(setup: Setup) -> Sampling:
     config = setup.config.rollout
-    return engine.Sampling(
+    return Sampling(
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
-        max_tokens=config.max_completion_tokens,
         eos_ids=setup.tokenizer.eos_ids,
+        min_tokens=config.min_tokens,
+        loop_tokens=config.loop_tokens,
     )
 
 
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
-    dtype = jnp.dtype(setup.config.train.dtype)
-    return rollout.sample(
-        engine.sampler_params(state.params, setup.model, dtype),
-        setup.model,
+    """Verified completions by the engine, which holds weights and pages for as long as it takes."""
+    config, engine = setup.config, setup.engine
+    dtype = jnp.dtype(config.train.dtype)
+    engine.load(qwen2.sampler_params(state.params, setup.model, dtype, engine.mesh))
+    _check_handover(setup, state, prompts[0])
+    rolled = rollout.sample(
+        engine,
         setup.tokenizer,
         prompts,
         pool,
         samples=samples,
+        max_tokens=config.rollout.max_completion_tokens,
         how=how,
-        slots=setup.config.rollout.slots,
-        seed=setup.config.seed,
+        seed=config.seed,
         step=step,
     )
+    engine.release()
+    return rolled
+
+
+def _check_handover(setup: Setup, state: TrainState, prompt: Prompt) -> None:
+    """A few tokens of the engine, scored by the trainer before any others are drawn.
+
+    Raises:
+        RunError: the two disagree by more than objective.max_mean_dlogp.
+    """
+    config = setup.config
+    how = Sampling(temperature=config.rollout.temperature)
+    request = Request(
+        prompt.index, prompt.tokens, min(HANDOVER_TOKENS, config.rollout.max_completion_tokens)
+    )
+    (completion,) = setup.engine.generate([request], how, step=HANDOVER_DRAWS)
+    if completion.stop == "not_finite":
+        return  # no hand-over's fault: the rollout says so
+    before, count = len(prompt.tokens), len(completion.tokens)
+    document = Document(
+        tokens=np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens]),
+        weights=np.repeat(np.float32([0, 1]), [before, count]),
+    )
+    (logprob_T,) = train.score_documents(
+        setup.score, state.params, [document], _short_rows(config), setup.mesh
+    )
+    apart = np.abs(logprob_T[before:] - completion.logprobs).mean()
+    if not apart <= config.objective.max_mean_dlogp:
+        raise RunError(
+            f"the engine's weights are not the trainer's: |d logp| = {apart:.3g} nats over {count} "
+            f"tokens is above objective.max_mean_dlogp = {config.objective.max_mean_dlogp}"
+        )
+
+
+def _short_rows(config: RlConfig) -> TrainConfig:
+    """Rows for a prompt and a few tokens more, one for each device that has rows."""
+    longest, shards = config.rollout.max_prompt_tokens + HANDOVER_TOKENS, config.mesh.context
+    chunk = sharding.CONTEXT_CHUNK
+    row_tokens = min(config.train.row_tokens, -(-longest // (chunk * shards)) * chunk * shards)
+    rows = config.mesh.data * config.mesh.fsdp
+    return config.train.model_copy(update={"row_tokens": row_tokens, "microbatch_rows": rows})
 
 
 def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vibejax import engine
-from vibejax.config import ObjectiveConfig
+from vibejax.config import ObjectiveConfig, RolloutConfig
 from vibejax.data import Prompt
-from vibejax.engine import Completion, Sampling
+from vibejax.decode import Sampling
+from vibejax.engine import Completion, Counts, Engine, EngineConfig, Request
 from vibejax.losses import long2short, mgpo
 from vibejax.packing import Document
-from vibejax.qwen2 import ModelConfig, Params
+from vibejax.qwen2 import ModelConfig
 from vibejax.tokenizer import Tokenizer
 from vibejax.verifiers import Outcome, Verdict
 from vibejax.verifiers.pool import Pool
@@ -31,8 +31,8 @@ class Rollout:
 
     @property
     def finite(self) -> bool:
-        """Whether every sampled log-probability is a number."""
-        return all(np.isfinite(c.logprobs).all() for group in self.completions for c in group)
+        """Whether the logits of every token were numbers."""
+        return all(c.stop != "not_finite" for group in self.completions for c in group)
 
     @property
     def correct_NG(self) -> np.ndarray:
@@ -60,35 +60,58 @@ class Rollout:
         return np.array([[c.stop == "length" for c in group] for group in self.completions])
 
 
+def engine_config(config: RolloutConfig, model: ModelConfig) -> EngineConfig:
+    """The engine that a stage's `rollout` section asks for."""
+    return EngineConfig(
+        model=model,
+        slots=config.slots,
+        context=config.max_prompt_tokens + config.max_completion_tokens,
+        window=config.window,
+        page_tokens=config.page_tokens,
+        pool_tokens=config.pool_tokens,
+        chunk_tokens=config.chunk_tokens,
+        kv_dtype=config.kv_dtype,
+        tensor=config.tensor,
+        attention=config.attention,
+    )
+
+
 def sample(
-    params: Params,
-    config: ModelConfig,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     pool: Pool,
     *,
     samples: int,
+    max_tokens: int,
     how: Sampling,
-    slots: int,
     seed: int,
     step: int,
 ) -> Rollout:
-    """Samples and verifies `samples` completions of each prompt.
+    """Samples and verifies `samples` completions of each prompt, of at most `max_tokens` tokens.
 
     Completions go to the verifiers as they finish, while others decode.
     """
     completions: list[list[Completion]] = [[None] * samples for _ in prompts]  # type: ignore
-    requests = [engine.Request(p.index, p.tokens) for p in prompts]
-    finished = engine.generate(
-        params, config, requests, samples=samples, how=how, slots=slots, seed=seed, step=step
-    )
-    for n, g, completion in finished:
+    requests = [Request(p.index, p.tokens, max_tokens, samples) for p in prompts]
+    for completion in engine.generate(requests, how, seed=seed, step=step):
+        n, g = completion.request, completion.sample
         completions[n][g] = completion
         pool.submit((n, g), prompts[n].record, tokenizer.decode(completion.text_ids))
     verdicts: list[list[Verdict]] = [[None] * samples for _ in prompts]  # type: ignore
     for (n, g), verdict in pool.finished():
         verdicts[n][g] = verdict
     return Rollout(prompts, completions, verdicts)
+
+
+def engine_metrics(counts: Counts) -> dict[str, float]:
+    """What the engine did for a rollout, as metrics."""
+    return {
+        "rollout/efficiency": counts.tokens / max(counts.slot_steps, 1),
+        "rollout/put_back": counts.put_back,
+        "rollout/filled_tokens": counts.filled_tokens,
+        "time/host_s": counts.host_s,
+    }
 
 
 def advantages(rollout: Rollout, config: ObjectiveConfig) -> np.ndarray:
@@ -149,5 +172,6 @@ def group_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/length": float(length_NG.mean()),
         "rollout/length_max": int(length_NG.max()),
         "rollout/truncated": float(rollout.truncated_NG.mean()),
+        "rollout/loops": sum(c.stop == "loop" for group in rollout.completions for c in group),
         "rollout/tokens": int(length_NG.sum()),
     }

@@ -3,10 +3,15 @@
 Pure bookkeeping, no arrays of the device: a window of decode steps is planned before it runs and
 accounted for after. No clock plays a part, so the same requests and lengths give the same plans.
 
-Pages of a prompt that all its samples see whole are held once, with a count of their users; each
-sample has pages of its own from there on. A sequence holds the pages that it needs for the window
-to come and no more. When the pool runs dry, the youngest sequence is put back: its pages go, its
-sampled tokens stay, and it goes on later from there.
+A sequence has all its tokens but the last in the cache: the next step takes that one in and draws
+the token after it. So whatever is to decode, a prompt or a completion that was interrupted, its
+tokens but one are first computed into pages (`Fill`), and decoding goes on from the last.
+
+A prompt of several samples is filled once. Pages that its tokens fill whole are shared, with a
+count of their users; what is left over lies in a page that each sample copies for itself. From
+there on a sequence holds the pages that it needs for the window to come and no more. When the pool
+runs dry, the youngest sequence is put back: its pages go, its sampled tokens stay, and it goes on
+later from there.
 
 A free slot takes, in this order: a sequence that was put back; the next sample of a prompt that is
 already cached; the prompt whose completions are expected to be longest, from the lengths that its
@@ -16,9 +21,8 @@ samples had before, else the mean of all so far.
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable
 
-Id = Hashable
 HEADROOM = 4  # windows that all that runs can go on for, when another sequence enters
 
 
@@ -30,13 +34,39 @@ class Job:
         id: names it.
         prompt_tokens: its length, at least 1.
         samples: completions G.
+        max_tokens: longest completion.
         expected_tokens: of a completion, by what is known of it; None: the mean of all so far.
     """
 
-    id: Id
+    id: int
     prompt_tokens: int
     samples: int
+    max_tokens: int
     expected_tokens: float | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Fill:
+    """Keys and values to be computed into pages, by whoever runs the model.
+
+    Attributes:
+        job: whose prompt.
+        sample: after the prompt come this sample's tokens; None: the prompt alone.
+        tokens: how many, from the prompt's first.
+        pages: where, in order.
+        done: how many are there, set by whoever computes them.
+    """
+
+    job: Job
+    sample: int | None
+    tokens: int
+    pages: list[int]
+    done: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all are there."""
+        return self.done == self.tokens
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,6 +79,8 @@ class Running:
         sampled: tokens drawn so far, kept while it is put back.
         pages: its pages, the prompt's shared ones first; empty while put back.
         shared: how many of them are the prompt's.
+        fill: what has to be computed before it can decode.
+        copies: the page behind the shared ones is to be copied from this one; None: nothing is.
         order: rises with every admission: the youngest has the largest.
         slot: where it decodes.
     """
@@ -58,13 +90,20 @@ class Running:
     sampled: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     shared: int = 0
+    fill: Fill | None = None
+    copies: int | None = None
     order: int = -1
     slot: int = -1
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens whose keys and values are cached before the next step: all but the last drawn."""
-        return self.job.prompt_tokens + max(self.sampled - 1, 0)
+        """Tokens whose keys and values are cached before the next step: all but the last."""
+        return self.job.prompt_tokens + self.sampled - 1
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can decode, once what it copies is copied."""
+        return self.fill is None or self.fill.complete
 
 
 class PoolTooSmallError(ValueError):
@@ -105,6 +144,48 @@ class PagePool:
                 self._free.append(page)
 
 
+class Queue:
+    """Jobs that have not begun; the devices of an engine take from one queue."""
+
+    def __init__(self) -> None:
+        """An empty queue."""
+        self._known: list[tuple[float, int, Job]] = []  # a heap, the longest expected first
+        self._unknown: deque[Job] = deque()
+        self.samples = 0  # of the jobs that wait
+        self._submitted = self._finished = self._finished_tokens = 0
+
+    def __bool__(self) -> bool:
+        """Whether a job waits."""
+        return bool(self._known or self._unknown)
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Adds jobs."""
+        for job in jobs:
+            if job.expected_tokens is None:
+                self._unknown.append(job)
+            else:
+                heapq.heappush(self._known, (-job.expected_tokens, self._submitted, job))
+            self._submitted += 1
+            self.samples += job.samples
+
+    def longest_expected(self) -> Job | None:
+        """The job to begin next; None without one."""
+        mean = self._finished_tokens / self._finished if self._finished else float("inf")
+        if self._known and (not self._unknown or -self._known[0][0] >= mean):
+            job = heapq.heappop(self._known)[2]
+        elif self._unknown:
+            job = self._unknown.popleft()
+        else:
+            return None
+        self.samples -= job.samples
+        return job
+
+    def learn(self, tokens: int) -> None:
+        """Takes in the length of a completion."""
+        self._finished += 1
+        self._finished_tokens += tokens
+
+
 @dataclasses.dataclass
 class _Group:
     """A job of which samples are still to start.
@@ -112,12 +193,12 @@ class _Group:
     Attributes:
         job: whose samples.
         next_sample: the first that has not started.
-        pages: the prompt's whole pages; None: not in the cache.
+        fill: of the prompt; None: not in the cache.
     """
 
     job: Job
     next_sample: int = 0
-    pages: list[int] | None = None
+    fill: Fill | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,75 +206,78 @@ class Plan:
     """What happens before and in the window to come.
 
     Attributes:
-        prefill: jobs whose prompts are computed now, into the pages of `prompt_pages`.
+        fills: what is to be computed, oldest first; a part of it will do.
         started: sequences that enter a slot, new or put back before.
         put_back: sequences that lost their slot and pages.
-        running: all that decode in the window, by slot.
+        running: all in slots, by slot; those decode that are ready once the fills went on.
     """
 
-    prefill: list[tuple[Job, list[int]]]
+    fills: list[Fill]
     started: list[Running]
     put_back: list[Running]
     running: dict[int, Running]
 
 
 class Scheduler:
-    """Slots, pages and the queue of one engine."""
+    """Slots and pages of one device."""
 
-    def __init__(self, slots: int, pages: int, page_tokens: int, window: int, max_tokens: int):
+    def __init__(self, queue: Queue, slots: int, pages: int, page_tokens: int, window: int):
         """Sizes.
 
         Args:
+            queue: where jobs come from.
             slots: sequences that decode at one time.
             pages: of the pool.
             page_tokens: tokens of a page.
             window: decode steps of one window.
-            max_tokens: longest completion.
         """
-        self.slots, self.window, self.max_tokens = slots, window, max_tokens
+        self.queue, self.slots, self.window = queue, slots, window
         self.page_tokens = page_tokens
         self.pool = PagePool(pages)
         self.running: dict[int, Running] = {}
         self.put_back_count = 0
         self._free_slots = list(range(slots))  # a heap: the lowest first
-        self._queue: list[tuple[float, int, Job]] = []
-        self._unknown: deque[Job] = deque()  # without an expectation of their own
         self._waiting: list[tuple[int, Running]] = []  # put back, the oldest first
-        self._groups: deque[_Group] = deque()  # begun; at most one of them is in the cache
-        self._admitted = self._submitted = 0
-        self._finished, self._finished_tokens = 0, 0
+        self._group: _Group | None = None  # begun, with samples still to start
+        self._fills: list[Fill] = []
+        self._closing: list[Fill] = []  # of groups whose samples have all started
+        self._admitted = 0
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs.
+    def check(self, job: Job) -> None:
+        """Whether one sequence of the job fits the pool on its own.
 
         Raises:
-            PoolTooSmallError: one sequence of a job could outgrow the pool.
+            PoolTooSmallError: it could outgrow the pool.
         """
-        for job in jobs:
-            most = self._pages_of(job.prompt_tokens + self.max_tokens)
-            if most > self.pool.size:
-                raise PoolTooSmallError(
-                    f"job {job.id!r}: a prompt of {job.prompt_tokens} tokens and {self.max_tokens} "
-                    f"more need {most} pages of {self.page_tokens}, the pool has {self.pool.size}"
-                )
-            if job.expected_tokens is None:
-                self._unknown.append(job)
-            else:
-                heapq.heappush(self._queue, (-job.expected_tokens, self._submitted, job))
-            self._submitted += 1
+        most = self._pages_of(job.prompt_tokens + job.max_tokens)
+        if most > self.pool.size:
+            raise PoolTooSmallError(
+                f"a prompt of {job.prompt_tokens} tokens and {job.max_tokens} more need {most} "
+                f"pages of {self.page_tokens}, the pool has {self.pool.size}"
+            )
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing left to do."""
-        return not (self.running or self._waiting or self._groups or self._queue or self._unknown)
+        """Whether there is nothing left to do here."""
+        return not (self.outstanding or self._closing or self.queue)
 
-    def plan(self) -> Plan:
-        """Fills free slots and gives every running sequence its pages for the window."""
+    @property
+    def outstanding(self) -> int:
+        """Completions of jobs begun here that are not there yet."""
+        to_start = self._group.job.samples - self._group.next_sample if self._group else 0
+        return len(self.running) + len(self._waiting) + to_start
+
+    def plan(self, most: int | None = None) -> Plan:
+        """Fills free slots and gives every running sequence its pages for the window.
+
+        Args:
+            most: sequences to run here; None: as many as there are slots.
+        """
+        self._close()
         put_back = self._make_room()
-        prefill: list[tuple[Job, list[int]]] = []
         started: list[Running] = []
-        while self._free_slots:
-            sequence = self._next(prefill)
+        while self._free_slots and len(self.running) < (self.slots if most is None else most):
+            sequence = self._next()
             if sequence is None:
                 break
             sequence.slot = heapq.heappop(self._free_slots)
@@ -201,7 +285,13 @@ class Scheduler:
             self._admitted += 1
             self.running[sequence.slot] = sequence
             started.append(sequence)
-        return Plan(prefill, started, put_back, dict(sorted(self.running.items())))
+        running = dict(sorted(self.running.items()))
+        return Plan([f for f in self._fills if not f.complete], started, put_back, running)
+
+    def copied(self, sequence: Running) -> None:
+        """The page that a sequence was to copy is copied."""
+        self.pool.release([sequence.copies])
+        sequence.copies = None
 
     def account(self, sampled: dict[int, int], ended: Iterable[int]) -> list[Running]:
         """Takes in what a window did.
@@ -217,10 +307,18 @@ class Scheduler:
             self.running[slot].sampled += count
         done = [self.running[slot] for slot in ended]
         for sequence in done:
-            self._finished += 1
-            self._finished_tokens += sequence.sampled
+            self.queue.learn(sequence.sampled)
             self._leave(sequence)
+        self._close()
         return done
+
+    def _close(self) -> None:
+        """Lets go of prompts that are filled and whose samples have all started."""
+        self._fills = [fill for fill in self._fills if not fill.complete]
+        for fill in self._closing:
+            if fill.complete:
+                self.pool.release(fill.pages)
+        self._closing = [fill for fill in self._closing if not fill.complete]
 
     def _make_room(self) -> list[Running]:
         """Pages for what runs, the oldest first; the youngest make way when there are none."""
@@ -238,80 +336,92 @@ class Scheduler:
                 sequence.pages += self.pool.take(self._missing(sequence))
         return put_back
 
-    def _next(self, prefill: list[tuple[Job, list[int]]]) -> Running | None:
+    def _next(self) -> Running | None:
         """The sequence that the next free slot takes, with its pages; None if none fits."""
         if self._waiting:
             sequence = self._waiting[0][1]
-            while not self._give(sequence, []):
+            while not self._give(sequence, None):
                 if not self._uncache():
                     return None
             heapq.heappop(self._waiting)
             return sequence
-        if not self._groups:
-            job = self._longest_expected()
+        if self._group is None:
+            job = self.queue.longest_expected()
             if job is None:
                 return None
-            self._groups.append(_Group(job))
-        group = self._groups[0]
-        if group.pages is None:
-            first_window = min(self.window, self.max_tokens)
-            needed = self._pages_of(group.job.prompt_tokens + first_window)
-            if needed + self._reserve() > self.pool.free:
+            self._group = _Group(job)
+        group = self._group
+        if group.fill is None and group.job.samples - group.next_sample > 1:
+            first_window = min(self.window, group.job.max_tokens)
+            needed = self._pages_of(group.job.prompt_tokens + first_window) + 1
+            if needed + self._reserve() <= self.pool.free:
+                tokens = group.job.prompt_tokens - 1
+                pages = self.pool.take(self._pages_of(tokens))
+                group.fill = Fill(group.job, None, tokens, pages)
+                self._fills.append(group.fill)
+            elif self.running:
                 return None
-            group.pages = self.pool.take(group.job.prompt_tokens // self.page_tokens)
-            prefill.append((group.job, group.pages))
         sequence = Running(group.job, group.next_sample)
-        if not self._give(sequence, group.pages):
+        if not self._give(sequence, group.fill):
             return None
         group.next_sample += 1
         if group.next_sample == group.job.samples:
-            self.pool.release(group.pages)
-            self._groups.popleft()
+            if group.fill is not None:
+                self._closing.append(group.fill)
+            self._group = None
         return sequence
-
-    def _longest_expected(self) -> Job | None:
-        mean = self._finished_tokens / self._finished if self._finished else float("inf")
-        if self._queue and (not self._unknown or -self._queue[0][0] >= mean):
-            return heapq.heappop(self._queue)[2]
-        return self._unknown.popleft() if self._unknown else None
 
     def _uncache(self) -> bool:
         """Gives up the pages of a prompt whose next sample has not started; False without one.
 
         Samples that run keep those that they share.
         """
-        for group in self._groups:
-            if group.pages:
-                self.pool.release(group.pages)
-                group.pages = None
-                return True
-        return False
+        group = self._group
+        if group is None or group.fill is None or not group.fill.complete:
+            return False
+        self.pool.release(group.fill.pages)
+        group.fill = None
+        return True
 
-    def _give(self, sequence: Running, shared: list[int]) -> bool:
-        """Pages for the sequence's next window, the first of them shared; False if too few."""
+    def _give(self, sequence: Running, prompt: Fill | None) -> bool:
+        """Pages for the sequence's next window, the prompt's among them; False if too few."""
+        shared = prompt.pages[: prompt.tokens // self.page_tokens] if prompt else []
         missing = self._needed(sequence) - len(shared)
         if missing + self._reserve() > self.pool.free:
             return False
         self.pool.share(shared)
         sequence.pages, sequence.shared = [*shared, *self.pool.take(missing)], len(shared)
+        if prompt:
+            sequence.fill = prompt
+            if prompt.tokens % self.page_tokens:
+                sequence.copies = prompt.pages[-1]
+                self.pool.share([sequence.copies])
+        elif sequence.cached_tokens:
+            job, sample = sequence.job, sequence.sample
+            sequence.fill = Fill(job, sample, sequence.cached_tokens, list(sequence.pages))
+            self._fills.append(sequence.fill)
         return True
 
     def _leave(self, sequence: Running) -> None:
         self.pool.release(sequence.pages)
+        if sequence.copies is not None:
+            self.copied(sequence)
+        if not sequence.ready and sequence.fill.sample is not None:
+            self._fills.remove(sequence.fill)
         heapq.heappush(self._free_slots, sequence.slot)
         del self.running[sequence.slot]
-        sequence.pages, sequence.shared, sequence.slot = [], 0, -1
+        sequence.pages, sequence.shared, sequence.fill, sequence.slot = [], 0, None, -1
 
     def _reserve(self) -> int:
         """Pages kept for what runs: else what enters now would soon be put back."""
-        return len(self.running) * self._pages_of(HEADROOM * self.window)
+        return sum(self._missing(sequence, HEADROOM) for sequence in self.running.values())
 
-    def _needed(self, sequence: Running) -> int:
-        left = self.max_tokens - sequence.sampled
-        return self._pages_of(sequence.cached_tokens + min(self.window, left))
+    def _needed(self, sequence: Running, windows: int = 1) -> int:
+        left = sequence.job.max_tokens - sequence.sampled
+        return self._pages_of(sequence.cached_tokens + min(windows * self.window, left))
 
-    def _missing(self, sequence: Running) -> int:
-        return max(0, self._needed(sequence) - len(sequence.pages))
+    def _missing(self, sequence: Running, windows: int = 1) -> int:
+        return max(0, self._needed(sequence, windows) - len(sequence.pages))
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -19,16 +19,19 @@ def measure(script: str, case: str, rounds: int = ROUNDS) -> dict[str, dict[str,
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     for _ in range(rounds):
         for side, results in runs.items():
-            command = [sys.executable, script, side, case]
-            environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-            done = subprocess.run(
-                command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-            )
-            results.append(json.loads(done.stdout.splitlines()[-1]))
+            results.append(measure_side(script, side, case))
     return {
         side: {name: statistics.median(r[name] for r in results) for name in results[0]}
         for side, results in runs.items()
     }
+
+
+def measure_side(script: str, side: str, case: str) -> dict[str, float]:
+    """The numbers of `script SIDE CASE`, run once."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, script, side, case]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def row(

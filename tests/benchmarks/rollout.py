@@ -1,47 +1,96 @@
-"""Rollout against transformers' `generate`: `python tests/benchmarks/rollout.py`.
+"""The engine against others: `python tests/benchmarks/rollout.py`.
 
-SmolLM2-135M's shape with random weights, float32, 32 prompts of 64 tokens, 128 new tokens each
-at temperature 1, with the log-probability of every token. Needs the extra `parity`.
+SmolLM2-135M's shape with random weights, float32, prompts of 64 tokens, temperature 1, with the
+log-probability of every token. Needs the extra `parity`.
+
+uniform: 32 completions of 128 tokens.
+tail: 64 completions of lognormal lengths, median 48, the longest 384.
+
+The peer is run with several batch sizes and its best counts; the static loop (static_loop.py) too.
+`roofline` is what the matrix products, the weights and the cache of a step allow, by rates that
+are measured beside.
 """
 
 import os
 import sys
+import time
 
 import harness
 import numpy as np
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 64, 128
+PROMPT_TOKENS = 64
 SHAPE = {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "mlp": 1536, "vocab": 49_152}
+SLOTS = {"uniform": 32, "tail": 16}
+WINDOW = {"uniform": 16, "tail": 8}
+BATCHES = {"uniform": (32,), "tail": (16, 64)}
 
 
-def prompts() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, SHAPE["vocab"], (PROMPTS, PROMPT_TOKENS))
+def workload(case: str) -> tuple[np.ndarray, np.ndarray]:
+    """[N, T] prompts and [N] completion lengths."""
+    random = np.random.default_rng(0)
+    if case == "uniform":
+        lengths = np.full(32, 128)
+    else:
+        lengths = np.clip(48 * np.exp(0.8 * random.standard_normal(64)), 4, 384).astype(int)
+        lengths[np.argmax(lengths)] = 384
+    prompts = random.integers(0, SHAPE["vocab"], (len(lengths), PROMPT_TOKENS))
+    return prompts.astype(np.int32), lengths.astype(np.int32)
 
 
-def ours() -> None:
+def sampler():
     import jax
 
-    from vibejax import engine, qwen2
+    from vibejax import qwen2
     from vibejax.rope import Rope
 
     model = qwen2.ModelConfig(**SHAPE, head_dim=64, rope=Rope(theta=1e5), context=8_192)
     params = jax.jit(lambda key: qwen2.init_params(model, key))(jax.random.key(0))
-    params = engine.sampler_params(params, model, "float32")
-    requests = [engine.Request(i, tuple(map(int, p))) for i, p in enumerate(prompts())]
-    how = engine.Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=NEW_TOKENS, eos_ids=())
+    return model, qwen2.sampler_params(params, model, "float32")
+
+
+def ours(case: str) -> None:
+    """The longest expected first, from an earlier round of the same prompts."""
+    from vibejax.decode import Sampling
+    from vibejax.engine import Engine, EngineConfig, Request
+
+    model, params = sampler()
+    prompts, lengths = workload(case)
+    requests = [
+        Request(i, tuple(p), int(n))
+        for i, (p, n) in enumerate(zip(prompts.tolist(), lengths, strict=True))
+    ]
+    config = EngineConfig(
+        model=model, slots=SLOTS[case], context=PROMPT_TOKENS + int(lengths.max()),
+        window=WINDOW[case],
+    )  # fmt: skip
+    engine = Engine(params, config)
 
     def run() -> None:
-        done = list(
-            engine.generate(
-                params, model, requests, samples=1, how=how, slots=PROMPTS, seed=0, step=0
-            )
-        )
-        assert sum(len(c.logprobs) for _, _, c in done) == PROMPTS * NEW_TOKENS
+        done = list(engine.generate(requests, Sampling()))
+        assert sum(len(c.logprobs) for c in done) == lengths.sum()
 
-    harness.report(tokens_per_s=PROMPTS * NEW_TOKENS / harness.seconds(run))
+    took = harness.seconds(run)
+    counts = engine.counts
+    harness.report(
+        tokens_per_s=lengths.sum() / took,
+        efficiency=counts.tokens / counts.slot_steps,
+        host_ms_a_window=1e3 * counts.host_s / counts.windows,
+    )
 
 
-def peer() -> None:
+def static(case: str) -> None:
+    import static_loop
+
+    model, params = sampler()
+    prompts, lengths = workload(case)
+    rates = []
+    for rows in BATCHES[case]:
+        run = lambda rows=rows: static_loop.generate(params, model, prompts, lengths, rows)  # noqa: E731
+        rates.append(lengths.sum() / harness.seconds(run))
+    harness.report(tokens_per_s=max(rates))
+
+
+def peer(case: str) -> None:
     import torch
     import transformers
 
@@ -57,40 +106,92 @@ def peer() -> None:
         tie_word_embeddings=True,
     )
     model = transformers.Qwen2ForCausalLM(config).eval()
-    tokens = torch.from_numpy(prompts())
+    prompts, lengths = workload(case)
 
     @torch.no_grad()
-    def run(new_tokens: int = NEW_TOKENS) -> None:
-        out = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        for i, logits in enumerate(out.logits):
-            chosen = out.sequences[:, PROMPT_TOKENS + i, None]
-            torch.log_softmax(logits.float(), -1).gather(1, chosen)
+    def run(rows: int, limit: int = 10**9) -> None:
+        for start in range(0, len(prompts), rows):
+            tokens = torch.from_numpy(prompts[start : start + rows]).long()
+            new_tokens = min(limit, int(lengths[start : start + rows].max()))
+            out = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            for i, logits in enumerate(out.logits):
+                chosen = out.sequences[:, PROMPT_TOKENS + i, None]
+                torch.log_softmax(logits.float(), -1).gather(1, chosen)
 
-    took = harness.seconds(run, warm_up=lambda: run(4))
-    harness.report(tokens_per_s=PROMPTS * NEW_TOKENS / took)
+    rates = []
+    for rows in BATCHES[case]:
+        took = harness.seconds(lambda rows=rows: run(rows), warm_up=lambda rows=rows: run(rows, 2))
+        rates.append(lengths.sum() / took)
+    harness.report(tokens_per_s=max(rates))
+
+
+def rates(case: str) -> None:
+    """GFLOP/s of a product with 32 rows, GB/s of reading, and what they allow."""
+    import jax
+    import jax.numpy as jnp
+
+    w_LFE = [jnp.ones((1_536, 576)) for _ in range(60)]
+    x_BE = jnp.ones((32, 576))
+    einsum = lambda x, w: jnp.einsum("BE,FE->BF", x, w, precision="highest")  # noqa: E731
+    products = jax.jit(lambda x, ws: [einsum(x, w) for w in ws])
+    big = jnp.ones((2**28,))
+    total = jax.jit(jnp.sum)
+
+    def best(function) -> float:
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    flops = 60 * 2 * 32 * 576 * 1_536 / best(lambda: products(x_BE, w_LFE))
+    bandwidth = big.nbytes / best(lambda: total(big))
+    _, lengths = workload(case)
+    weights = 134_515_008
+    steps = lengths.sum() / min(SLOTS[case], len(lengths))
+    cache = 30 * 2 * 3 * 64 * 4 * (PROMPT_TOKENS + lengths.mean() / 2) * SLOTS[case]
+    step_s = max(2 * weights * SLOTS[case] / flops, (4 * weights + cache) / bandwidth)
+    prefill_s = 2 * 106_000_000 * len(lengths) * PROMPT_TOKENS / flops
+    harness.report(
+        gflops=flops / 1e9,
+        gbytes=bandwidth / 1e9,
+        tokens_per_s=lengths.sum() / (steps * step_s + prefill_s),
+    )
 
 
 def main() -> None:
-    results = harness.measure(__file__, "rollout")
-    memory = {f"{side}_peak_gib": round(r["peak_bytes"] / 2**30, 2) for side, r in results.items()}
-    harness.row(
-        "rollout", f"{PROMPTS} x {NEW_TOKENS} new tokens with log-probs", results,
-        "tokens_per_s", "tokens/s", higher_is_better=True, **memory,
-    )  # fmt: skip
-    harness.matmul_rows("rollout")
+    for case in ("uniform", "tail"):
+        results = harness.measure(__file__, case)
+        for side in ("static", "rates"):
+            results[side] = harness.measure_side(__file__, side, case)
+        mine = results["ours"]
+        harness.row(
+            "rollout", case, results, "tokens_per_s", "useful tokens/s", higher_is_better=True,
+            static_loop=round(results["static"]["tokens_per_s"], 1),
+            ratio_to_static_loop=round(mine["tokens_per_s"] / results["static"]["tokens_per_s"], 2),
+            roofline=round(results["rates"]["tokens_per_s"], 1),
+            gflops=round(results["rates"]["gflops"]),
+            gbytes_per_s=round(results["rates"]["gbytes"], 1),
+            efficiency=round(mine["efficiency"], 3),
+            host_ms_a_window=round(mine["host_ms_a_window"], 2),
+            peak_gib=round(mine["peak_bytes"] / 2**30, 2),
+            peer_peak_gib=round(results["peer"]["peak_bytes"] / 2**30, 2),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    {"ours": ours, "peer": peer}[sys.argv[1]]() if len(sys.argv) > 1 else main()
+    sides = {"ours": ours, "peer": peer, "static": static, "rates": rates}
+    sides[sys.argv[1]](sys.argv[2]) if len(sys.argv) > 1 else main()

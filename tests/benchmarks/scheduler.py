@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from vibejax.scheduler import Job, Scheduler
+from vibejax.scheduler import Job, Queue, Scheduler
 
 PROMPTS, SAMPLES, SLOTS, WINDOW = 512, 16, 128, 64
 MEDIAN_TOKENS, LONGEST, PROMPT_TOKENS = 6_000, 65_536, 300
@@ -59,18 +59,22 @@ def play(length_PG: np.ndarray, expected_P: np.ndarray | None, hosts: int) -> di
     """All hosts to their ends: the steps of the slowest, and sums over all."""
     totals = {"steps": 0, "put_back": 0, "host_s": 0.0, "windows": 0}
     for host in range(hosts):
-        scheduler = Scheduler(SLOTS, PAGES, PAGE_TOKENS, WINDOW, LONGEST)
-        scheduler.submit(
-            [
-                Job(p, PROMPT_TOKENS, SAMPLES, None if expected_P is None else expected_P[p])
-                for p in range(host, PROMPTS, hosts)
-            ]
+        queue = Queue()
+        scheduler = Scheduler(queue, SLOTS, PAGES, PAGE_TOKENS, WINDOW)
+        queue.submit(
+            Job(p, PROMPT_TOKENS, SAMPLES, LONGEST, None if expected_P is None else expected_P[p])
+            for p in range(host, PROMPTS, hosts)
         )
         steps = 0
         while not scheduler.idle:
             began = time.perf_counter()
             plan = scheduler.plan()
             totals["host_s"] += time.perf_counter() - began
+            for fill in plan.fills:
+                fill.done = fill.tokens
+            for sequence in plan.running.values():
+                if sequence.copies is not None:
+                    scheduler.copied(sequence)
             left = {
                 slot: int(length_PG[s.job.id, s.sample]) - s.sampled
                 for slot, s in plan.running.items()
