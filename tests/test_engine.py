@@ -18,6 +18,15 @@ EOS = (3, 9)
 DEVICE = jax.devices()[:1]
 
 
+@pytest.fixture(autouse=True)
+def quick(request):
+    """Compiling is what these tests spend their time on; bits are those of real programs."""
+    fast = "bit_identical" not in request.node.name
+    jax.config.update("jax_disable_most_optimizations", fast)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def params():
     return qwen2.init_params(MODEL, jax.random.key(0))
