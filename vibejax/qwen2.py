@@ -329,10 +329,19 @@ def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh |
     return _sampler_rest(rest, config, jnp.dtype(dtype), mesh) | {"layers": layers}
 
 
-def sampler_shapes(config: ModelConfig, dtype: Any) -> Params:
-    """The shapes and dtypes of `sampler_params`."""
-    create = lambda: init_params(config, jax.random.key(0))  # noqa: E731 - traced, never run
-    return jax.eval_shape(lambda: sampler_params(create(), config, dtype))
+def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
+    """The shapes and dtypes of `sampler_params`, and on a mesh where they lie."""
+
+    def held(info: ParamInfo) -> jax.ShapeDtypeStruct:
+        shape, axes = (info.shape, info.axes)
+        if info.stacked:
+            order = (*range(1 + info.inputs, len(shape)), *range(1, 1 + info.inputs))
+            shape, axes = tuple(shape[i] for i in order), tuple(axes[i] for i in order)
+        place = None if mesh is None else sharding(mesh, shape, *axes)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    shapes = map_table(held, config)
+    return shapes | {"layers": [shapes["layers"]] * config.layers}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
