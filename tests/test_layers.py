@@ -19,12 +19,24 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"gguf_reader"},
     {"gguf_tokenizer", "checkpoint_reader"},
     {"tokenizer"},
-    {"weights", "train", "data", "curate"},
-    {"checkpoint", "sampling", "scheduler"},
+    {"weights", "train", "data"},
+    {"checkpoint", "sampling", "scheduler", "curation"},
     {"engine"},
     {"rollout", "scoring", "report"},
     # The stages: each a command, none built on another.
-    {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"},
+    {
+        "curate",
+        "sft",
+        "rl",
+        "distill",
+        "probe",
+        "merge",
+        "evaluate",
+        "clr",
+        "generate",
+        "score",
+        "judge",
+    },  # fmt: skip
     {"pipeline"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -83,7 +83,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[P
     """
     prompts = []
     for number, record in read_records(path):
-        record = _from_verl(record) if "reward_model" in record else record
+        record = from_verl(record) if "reward_model" in record else record
         where = f"{path}:{number}"
         tokens = encode_prompt(record, tokenizer, where)
         if not tokens:
@@ -120,7 +120,7 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
     """
     if "messages" in record:
         messages = record["messages"]
-        if not _is_chat(messages):
+        if not is_chat(messages):
             raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
         return tokenizer.encode_chat(messages)
     if isinstance(record.get("prompt"), str):
@@ -128,7 +128,8 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
     raise DataError(f"{where}: has neither 'messages' nor a 'prompt' text")
 
 
-def _is_chat(messages: Any) -> bool:
+def is_chat(messages: Any) -> bool:
+    """Whether something is a list of at least one {role, content} with texts."""
     return (
         isinstance(messages, list)
         and bool(messages)
@@ -141,7 +142,7 @@ def _is_chat(messages: Any) -> bool:
     )
 
 
-def _from_verl(record: Record) -> Record:
+def from_verl(record: Record) -> Record:
     """A record of verl's columns in this project's."""
     reward, extra = record["reward_model"] or {}, record.get("extra_info") or {}
     prompt = record.get("prompt")
@@ -180,7 +181,7 @@ def learning_document(record: Record, tokenizer: Tokenizer, where: str) -> tuple
     """
     if "messages" in record:
         messages = record["messages"]
-        if not _is_chat(messages) or messages[-1]["role"] != "assistant":
+        if not is_chat(messages) or messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: messages must end with one of role 'assistant'")
         prompt = tokenizer.encode_chat(messages[:-1])
         completion = messages[-1]["content"]
