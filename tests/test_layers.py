@@ -24,19 +24,8 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"engine"},
     {"rollout", "scoring", "report"},
     # The stages: each a command, none built on another.
-    {
-        "curate",
-        "sft",
-        "rl",
-        "distill",
-        "probe",
-        "merge",
-        "evaluate",
-        "clr",
-        "generate",
-        "score",
-        "judge",
-    },  # fmt: skip
+    {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
+    | {"curate"},
     {"pipeline"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
