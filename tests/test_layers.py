@@ -20,7 +20,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"gguf_tokenizer", "checkpoint_reader"},
     {"tokenizer"},
     {"weights", "train", "data"},
-    {"checkpoint", "sampling", "scheduler", "curation"},
+    {"checkpoint", "sampling", "scheduler"},
     {"engine"},
     {"rollout", "scoring", "report"},
     # The stages: each a command, none built on another.

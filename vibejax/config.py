@@ -256,7 +256,7 @@ class SftConfig(Section):
 
 
 class DecontaminateConfig(Section):
-    """What records must not repeat (curation/evaluation.py)."""
+    """What records must not repeat (curate/evaluation.py)."""
 
     sets: list[str] = _field(
         [], "evaluation sets, JSONL or parquet: paths, or NAME=PATH; empty: no decontamination"
@@ -279,7 +279,7 @@ class LengthConfig(Section):
 
 
 class RepetitionConfig(Section):
-    """How much traces may repeat themselves and each other (curation/repetition.py)."""
+    """How much traces may repeat themselves and each other (curate/repetition.py)."""
 
     max_share: Share = _field(
         0.3, "of a trace's n-grams of 48 letters that stood before in it; 1: no repetition filter"
@@ -292,7 +292,7 @@ class RepetitionConfig(Section):
 
 
 class DuplicatesConfig(Section):
-    """Which records count as there before (curation/duplicates.py)."""
+    """Which records count as there before (curate/duplicates.py)."""
 
     exact: bool = _field(True, "drop records with the letters and formulas of an earlier one")
     near: Annotated[float, Field(ge=0, le=1)] = _field(
@@ -301,7 +301,7 @@ class DuplicatesConfig(Section):
 
 
 class RolloutFilterConfig(Section):
-    """What is made of a record's `accuracy`, or of its `completions` (curation/rollouts.py)."""
+    """What is made of a record's `accuracy`, or of its `completions` (curate/rollouts.py)."""
 
     keep: Literal["all", "hard", "mixed"] = _field(
         "all", "hard: error rate >= min_error_rate, for SFT; mixed: accuracy not 0 or 1, for RL"

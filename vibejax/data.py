@@ -120,7 +120,7 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
     """
     if "messages" in record:
         messages = record["messages"]
-        if not is_chat(messages):
+        if not _is_chat(messages):
             raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
         return tokenizer.encode_chat(messages)
     if isinstance(record.get("prompt"), str):
@@ -128,8 +128,7 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
     raise DataError(f"{where}: has neither 'messages' nor a 'prompt' text")
 
 
-def is_chat(messages: Any) -> bool:
-    """Whether something is a list of at least one {role, content} with texts."""
+def _is_chat(messages: Any) -> bool:
     return (
         isinstance(messages, list)
         and bool(messages)
@@ -181,7 +180,7 @@ def learning_document(record: Record, tokenizer: Tokenizer, where: str) -> tuple
     """
     if "messages" in record:
         messages = record["messages"]
-        if not is_chat(messages) or messages[-1]["role"] != "assistant":
+        if not _is_chat(messages) or messages[-1]["role"] != "assistant":
             raise DataError(f"{where}: messages must end with one of role 'assistant'")
         prompt = tokenizer.encode_chat(messages[:-1])
         completion = messages[-1]["content"]

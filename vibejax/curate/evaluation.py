@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from vibejax.curation.letters import Batch, join_words, text_hash, words
+from vibejax.curate.letters import Batch, join_words, text_hash, words
 
 ANCHOR_LETTERS = 24  # of an n-gram, looked up at every letter of a record before the rest
 SHORT_ANCHOR_LETTERS = 8

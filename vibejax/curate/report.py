@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vibejax.curation.evaluation import Index
+from vibejax.curate.evaluation import Index
 
 
 class Counts:

@@ -1,6 +1,7 @@
 """Records in and out of files, some megabytes at a time, as they lie there.
 
-A record that is kept goes out as the bytes it came in as, wherever the formats allow it.
+A record that is kept goes out as the bytes it came in as, wherever the formats allow it. Worker
+processes read records here rather than with `data`, which takes seconds to import.
 """
 
 import dataclasses
@@ -12,11 +13,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from vibejax.data import DataError, Record, from_verl, is_chat
+from vibejax.config_file import InputError
 
 SUFFIXES = (".jsonl", ".parquet")
 CHUNK_BYTES = 1 << 20
-CHUNK_RECORDS = 512
+CHUNK_RECORDS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +44,24 @@ class Chunk:
         """File and line of a record."""
         return f"{self.path}:{self.first + i}"
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[dict[str, Any]]:
         """All records.
 
         Raises:
-            DataError: a line is no JSON object; a last line that is cut off is called so.
+            InputError: a line is no JSON object; a last line that is cut off is called so.
         """
         if isinstance(self.rows, pyarrow.RecordBatch):
             return self.rows.to_pylist()
         return [self._record(i, line) for i, line in enumerate(self.rows)]
 
-    def _record(self, i: int, line: bytes) -> Record:
+    def _record(self, i: int, line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             cut = "" if line.endswith(b"\n") else "the last line is cut off, "
-            raise DataError(f"{self.where(i)}: {cut}not a JSON object: {error}") from None
+            raise InputError(f"{self.where(i)}: {cut}not a JSON object: {error}") from None
         if not isinstance(record, dict):
-            raise DataError(f"{self.where(i)}: not a JSON object: {type(record).__name__}")
+            raise InputError(f"{self.where(i)}: not a JSON object: {type(record).__name__}")
         return record
 
 
@@ -68,14 +69,14 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     """The records of a .jsonl or .parquet file, in one pass.
 
     Raises:
-        DataError: the file is empty, or no parquet file.
+        InputError: the file is empty, or no parquet file.
     """
     count = 0
     for rows, done in (_parquet_rows if path.suffix == ".parquet" else _lines)(path):
         yield Chunk(path, count + 1, rows, done)
         count += len(rows)
     if not count:
-        raise DataError(f"{path}: is empty")
+        raise InputError(f"{path}: is empty")
 
 
 def _lines(path: Path) -> Iterator[tuple[list[bytes], float]]:
@@ -92,34 +93,46 @@ def _parquet_rows(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, float]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a parquet file: {error}") from None
+        raise InputError(f"{path}: not a parquet file: {error}") from None
     read = 0
     for batch in file.iter_batches(CHUNK_RECORDS):
         read += len(batch)
         yield batch, read / file.metadata.num_rows
 
 
-def parts(record: Record, where: str) -> tuple[str, str]:
+def parts(record: dict[str, Any], where: str) -> tuple[str, str]:
     """A record's prompt and its trace; a record without a trace has an empty one.
 
+    The prompt is `messages`, or `prompt` as a text or (in verl's columns) as messages; the trace
+    is a last message of the assistant, else `completion`.
+
     Raises:
-        DataError: there is no prompt, or a field of it is no text.
+        InputError: there is no prompt, or a part of it is no text.
     """
-    if "reward_model" in record:
-        record = from_verl(record)
-    if "messages" in record:
-        messages = record["messages"]
-        if not is_chat(messages):
-            raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
-        trace = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return "\n".join(message["content"] for message in prompt), trace
-    if not isinstance(record.get("prompt"), str):
-        raise DataError(f"{where}: has neither 'messages' nor a 'prompt' text")
-    trace = record.get("completion") or ""
+    name = "messages" if "messages" in record else "prompt"
+    prompt, trace = record.get(name), record.get("completion") or ""
     if not isinstance(trace, str):
-        raise DataError(f"{where}: completion is no text but {type(trace).__name__}")
-    return record["prompt"], trace
+        raise InputError(f"{where}: completion must be a text, is {type(trace).__name__}")
+    if isinstance(prompt, str) and name == "prompt":
+        return prompt, trace
+    if prompt is None:
+        raise InputError(f"{where}: has neither 'messages' nor a 'prompt'")
+    if not isinstance(prompt, list) or not prompt:
+        raise InputError(f"{where}: {name} must be a list of {{role, content}} texts")
+    for i, message in enumerate(prompt):
+        for field in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(field), str):
+                raise InputError(f"{where}: {name}[{i}] has no {field!r} text")
+    texts = [message["content"] for message in prompt]
+    if prompt[-1]["role"] == "assistant":
+        trace = texts.pop()
+    return "\n".join(texts), trace
+
+
+def record_id(record: dict[str, Any]) -> Any:
+    """A record's `id`, or verl's index; None where it has neither."""
+    extra = record.get("extra_info")
+    return record.get("id", extra.get("index") if isinstance(extra, dict) else None)
 
 
 class Writer:
@@ -149,7 +162,7 @@ class Writer:
             try:
                 self._write_table(pyarrow.Table.from_pylist(list(records)))
             except pyarrow.ArrowInvalid as error:
-                raise DataError(f"{self.path}: {error}; .jsonl takes any records") from None
+                raise InputError(f"{self.path}: {error}; .jsonl takes any records") from None
             return
         self._file.writelines(
             json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -164,7 +177,7 @@ class Writer:
         schema = self._parquet.schema
         unknown = set(table.column_names) - set(schema.names)
         if unknown:
-            raise DataError(
+            raise InputError(
                 f"{self.path}: the first records have no field {min(unknown)!r}, a later one has; "
                 ".jsonl takes any records"
             )
@@ -177,7 +190,7 @@ class Writer:
         try:
             self._parquet.write_table(pyarrow.table(columns).cast(schema))
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
-            raise DataError(
+            raise InputError(
                 f"{self.path}: records differ in the types of their fields: {error}; .jsonl takes "
                 "any records"
             ) from None

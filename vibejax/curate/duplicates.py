@@ -14,18 +14,20 @@ of those with 0.9.
 Source: one permutation hashing with rotation (Shrivastava and Li, arXiv:1406.4784).
 """
 
+import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-from vibejax.curation.letters import Batch, plain
+from vibejax.curate.letters import Batch, plain
 
 GRAM_LETTERS = 24
 BINS = 128
 BANDS = 16
 MIN_LETTERS = 64  # shorter texts have too few n-grams to be nearly the same
-_FIRST_SLOTS_BITS = 12
+_FIRST_BITS = 12
 
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[-'\u2019][^\W\d_]+)*")
 _ASCII_WORDS = re.compile(r"[a-z]{2,}(?:[-'][a-z]+)*")
@@ -33,6 +35,7 @@ _RELATION = re.compile(r"\\([lgn])eq?(?![a-z])")
 _SIGN = re.compile(
     r"\d+(?:\.\d+)?|(?<=[\w)])!|[-+*/^=<>|%\u00b1\u00b7\u00d7\u00f7\u2190-\u22ff~]|(?<!['\u2019])[^\W\d_a]"
 )
+_PAUSES = str.maketrans(dict.fromkeys(',;:?"$', " "))
 _LETTERS = dict.fromkeys(range(ord("a"), ord("z") + 1))
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _BAND_MIX = np.random.default_rng(1).integers(0, 2**64, BANDS, np.uint64) | np.uint64(1)
@@ -43,9 +46,10 @@ def formula(text: str) -> str:
     text = plain(text)
     if "\\" in text:
         text = _RELATION.sub(r" ~\1 ", text)
-    # Without its words first: a pattern that fails at every letter costs ten times as much.
+    # Without its words first, plain ones by `str`: patterns cost ten times as much a letter.
+    tokens = [t for t in text.translate(_PAUSES).split() if len(t) == 1 or not t.isalpha()]
     words = _ASCII_WORDS if text.isascii() else _WORDS
-    return " ".join(_SIGN.findall(" ".join(words.sub("", text).split())))
+    return " ".join(_SIGN.findall(words.sub("", " ".join(tokens))))
 
 
 def exact_key(run: bytes, signs: str) -> int:
@@ -93,62 +97,108 @@ def min_hashes(batch: Batch) -> np.ndarray:
     return (borrowed + away_RB * np.uint32(0x9E3779B1) >> np.uint32(8)).astype(np.uint8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """The record that a duplicate was there before as.
+
+    Attributes:
+        number: counted over all records that were read.
+        share: of n-grams that are the same; None where letters and formulas are.
+    """
+
+    number: int
+    share: float | None
+
+
 class Seen:
     """The records that were kept so far, as hashes."""
 
-    def __init__(self, near: float):
+    def __init__(self, *, exact: bool, near: float):
         """Remembers nothing yet.
 
         Args:
+            exact: whether records with the same letters and formulas are duplicates.
             near: smallest share of n-grams by which two records are nearly the same; 0 switches
                 the comparison off.
         """
-        self._near = near
-        self._exact: dict[int, int] = {}
+        self._exact, self._near = exact, near
+        self._number_of: dict[int, int] = {}
         self._count = 0
-        self._min_hashes = np.empty((1 << _FIRST_SLOTS_BITS, BINS), np.uint8)
-        self._near_key = np.empty(1 << _FIRST_SLOTS_BITS, np.uint64)
-        self._number = np.empty(1 << _FIRST_SLOTS_BITS, np.int64)
-        self._make_tables(_FIRST_SLOTS_BITS + 1)
+        self._min_hashes = np.empty((1 << _FIRST_BITS, BINS), np.uint8)
+        self._near_keys = np.empty(1 << _FIRST_BITS, np.uint64)
+        self._numbers = np.empty(1 << _FIRST_BITS, np.int64)
+        self._make_tables(_FIRST_BITS + 1)
 
-    def exact(self, key: int) -> int | None:
-        """The number of the record that had this key, if one had."""
-        return self._exact.get(key)
-
-    def near(self, key: int, hashes_B: np.ndarray) -> tuple[int, float] | None:
-        """The number of a record that is nearly the same, and how much of it is, if there is one.
+    def take(
+        self,
+        numbers: Sequence[int],
+        exact_keys: Sequence[int],
+        near_keys: Sequence[int | None],
+        hashes_RB: np.ndarray | None,
+    ) -> list[Earlier | None]:
+        """Compares some records with all before and each other, and remembers the new ones.
 
         Args:
-            key: the record's `near_key`.
-            hashes_B: [128] uint8, its `min_hashes`.
+            numbers: of the records, ascending.
+            exact_keys: see `exact_key`.
+            near_keys: see `near_key`; None for a text too short to be compared.
+            hashes_RB: [R, 128] uint8, see `min_hashes`; None without near duplicates.
+
+        Returns:
+            For each record the one that it repeats, None for a new one.
         """
-        found = self._tables[np.arange(BANDS), self._slots(hashes_B[None])[0]]
-        found = np.unique(found[found >= 0])
-        found = found[self._near_key[found] == np.uint64(key)]
-        if not len(found):
-            return None
+        begin = self._count
+        near = self._near > 0 and hashes_RB is not None and len(numbers) > 0
+        candidates = self._candidates(near_keys, hashes_RB) if near else {}
+        found: list[Earlier | None] = []
+        for i, number in enumerate(numbers):
+            earlier = self._number_of.get(exact_keys[i]) if self._exact else None
+            if earlier is not None:
+                found.append(Earlier(earlier, None))
+                continue
+            near_key = near_keys[i]
+            if near and near_key is not None:
+                added = begin + np.flatnonzero(
+                    self._near_keys[begin : self._count] == np.uint64(near_key)
+                )
+                at = np.concatenate([candidates[i], added]) if i in candidates else added
+                nearest = self._nearest(at, hashes_RB[i]) if len(at) else None
+                if nearest is not None:
+                    found.append(nearest)
+                    continue
+                self._append(near_key, hashes_RB[i], number)
+            if self._exact:
+                self._number_of[exact_keys[i]] = number
+            found.append(None)
+        self._enter(begin, self._count)
+        return found
+
+    def _candidates(
+        self, near_keys: Sequence[int | None], hashes_RB: np.ndarray
+    ) -> dict[int, np.ndarray]:
+        """For the records that have any: those before with the same key in one of their slots."""
+        at = self._tables[np.arange(BANDS)[None], self._slots(hashes_RB)]
+        keys = np.array([key or 0 for key in near_keys], np.uint64)
+        same = (at >= 0) & (self._near_keys[at] == keys[:, None])
+        return {int(i): np.unique(at[i][same[i]]) for i in np.flatnonzero(same.any(axis=1))}
+
+    def _nearest(self, at: np.ndarray, hashes_B: np.ndarray) -> Earlier | None:
         # Of two bins of different texts, one in 256 agrees by chance.
-        agree = (self._min_hashes[found] == hashes_B).mean(axis=1)
+        agree = np.count_nonzero(self._min_hashes[at] == hashes_B, axis=1) / BINS
         best = int(agree.argmax())
         if agree[best] < self._near:
             return None
-        return int(self._number[found[best]]), float(agree[best])
+        return Earlier(int(self._numbers[at[best]]), float(agree[best]))
 
-    def add_exact(self, key: int, number: int) -> None:
-        """Remembers a record's letters and formulas under its number."""
-        self._exact[key] = number
-
-    def add_near(self, key: int, hashes_B: np.ndarray, number: int) -> None:
-        """Remembers a record's min-hashes under its number."""
-        if self._count == len(self._number):
-            for name in ("_min_hashes", "_near_key", "_number"):
+    def _append(self, near_key: int, hashes_B: np.ndarray, number: int) -> None:
+        if self._count == len(self._numbers):
+            for name in ("_min_hashes", "_near_keys", "_numbers"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.empty_like(old)]))
             self._make_tables(self._bits + 1)
         self._min_hashes[self._count] = hashes_B
-        self._near_key[self._count] = key
-        self._number[self._count] = number
-        self._enter(self._count, self._count + 1)
+        self._near_keys[self._count] = near_key
+        self._numbers[self._count] = number
         self._count += 1
 
     def _make_tables(self, bits: int) -> None:
@@ -160,7 +210,7 @@ class Seen:
             self._enter(begin, min(begin + step, self._count))
 
     def _enter(self, begin: int, end: int) -> None:
-        """Puts records into one slot a band; the last one there stays, and 15 other bands hold."""
+        """Puts records into one slot a band; a later one takes it over, and 15 bands are left."""
         slots = self._slots(self._min_hashes[begin:end])
         self._tables[np.arange(BANDS)[None], slots] = np.arange(begin, end)[:, None]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vibejax.curation.letters import Batch
+from vibejax.curate.letters import Batch
 
 GRAM_LETTERS = 48
 MIN_LINE_LETTERS = 40
@@ -84,5 +84,5 @@ class Templates:
             return 0.0
         slots = np.asarray(lines, np.int64) & ((1 << _SLOT_BITS) - 1)
         before = self._count[slots]
-        np.add.at(self._count, slots, 1)
+        self._count[slots] += 1  # its lines are all different
         return float(np.asarray(sizes)[before >= self._max_records].sum() / total)

@@ -4,21 +4,20 @@ import collections
 import concurrent.futures
 import dataclasses
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vibejax import tokenizer, weights
 from vibejax.config import CurateConfig
-from vibejax.curation import duplicates, evaluation, repetition
-from vibejax.curation.evaluation import Index
-from vibejax.curation.letters import Batch, letters, without_layout
-from vibejax.curation.record_files import Chunk, parts, read_chunks
-from vibejax.data import from_verl
+from vibejax.curate import duplicates, evaluation, repetition
+from vibejax.curate.evaluation import Index
+from vibejax.curate.letters import Batch, letters, without_layout
+from vibejax.curate.record_files import Chunk, parts, read_chunks, record_id
 from vibejax.run_folder import RunError
-from vibejax.tokenizer import Tokenizer
+
+CountTokens = Callable[[str], int]
 
 CHUNKS_AHEAD = 4  # a worker, beyond the one that it looks at
 
@@ -47,7 +46,7 @@ class Findings:
 
 
 def inspect(
-    chunk: Chunk, config: CurateConfig, index: Index | None, tokens: Tokenizer | None
+    chunk: Chunk, config: CurateConfig, index: Index | None, tokens: CountTokens | None
 ) -> Findings:
     """Looks at the records of a chunk one by one.
 
@@ -58,7 +57,7 @@ def inspect(
         tokens: counts lengths; None counts characters.
 
     Raises:
-        DataError: a record cannot be read; file, line and field are named.
+        InputError: a record cannot be read; file, line and field are named.
     """
     records = chunk.records()
     texts = [parts(record, chunk.where(i)) for i, record in enumerate(records)]
@@ -77,7 +76,7 @@ def inspect(
     signs = [duplicates.formula(" ".join(text)) for text in texts]
     near = config.duplicates.near > 0
     return Findings(
-        ids=[(from_verl(r) if "reward_model" in r else r).get("id") for r in records],
+        ids=[record_id(record) for record in records],
         reasons=reasons,
         lines=[repetition.line_hashes(trace) for _, trace in texts],
         exact_keys=[
@@ -93,7 +92,7 @@ def inspect(
 
 
 def _length(
-    prompt: str, trace: str, config: CurateConfig, tokens: Tokenizer | None
+    prompt: str, trace: str, config: CurateConfig, tokens: CountTokens | None
 ) -> Reason | None:
     """The bound that a record is beyond, if it is."""
     limits = config.length
@@ -103,7 +102,7 @@ def _length(
     ):
         if not least and not most:
             continue
-        length = len(text) if tokens is None else len(tokens.encode(text))
+        length = len(text) if tokens is None else tokens(text)
         if length < least:
             return f"{name}_short", {"length": length}
         if most and length > most:
@@ -166,6 +165,10 @@ def _inspect_here(chunk: Chunk) -> Findings:
     return inspect(chunk, *_worker_arguments)
 
 
-def _tokens(config: CurateConfig) -> Tokenizer | None:
-    model = config.length.tokenizer
-    return tokenizer.load(weights.locate(model)) if model else None
+def _tokens(config: CurateConfig) -> CountTokens | None:
+    if not config.length.tokenizer:
+        return None
+    from vibejax import tokenizer, weights  # seconds, which only those wait for who count tokens
+
+    tokens = tokenizer.load(weights.locate(config.length.tokenizer))
+    return lambda text: len(tokens.encode(text, add_special_tokens=False))

@@ -15,7 +15,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from vibejax import weights
 from vibejax.config import CurateConfig
 from vibejax.config_file import InputError, errors_in_one_line, parse_args
-from vibejax.curation import evaluation, report, rollouts
-from vibejax.curation.duplicates import Seen
-from vibejax.curation.evaluation import Index
-from vibejax.curation.inspection import Findings, Reason, inspect_all
-from vibejax.curation.record_files import SUFFIXES, Chunk, Writer, parts
-from vibejax.curation.repetition import Templates
-from vibejax.curation.report import Counts
+from vibejax.curate import evaluation, report, rollouts
+from vibejax.curate.duplicates import Seen
+from vibejax.curate.evaluation import Index
+from vibejax.curate.inspection import Findings, Reason, inspect_all
+from vibejax.curate.record_files import SUFFIXES, Chunk, Writer, parts
+from vibejax.curate.repetition import Templates
+from vibejax.curate.report import Counts
 from vibejax.data import DataError, Record, read_records
 from vibejax.locations import resolve
 from vibejax.run_folder import RunError
@@ -138,9 +138,9 @@ def _clean(
     config: CurateConfig, inputs: list[Path], index: Index | None, kept: Writer, dropped: Writer
 ) -> Counts:
     """Reads all inputs and writes every record to one of the two files."""
-    counts, seen = Counts(), Seen(config.duplicates.near)
+    counts, seen = Counts(), Seen(**config.duplicates.model_dump())
     templates = Templates(config.repetition.template_records)
-    began_S: list[int] = []  # the number of each file's first record, to say where one was
+    began: list[int] = []  # the number of each file's first record, to say where one was
     number = 0
     asks = config.verify_traces or config.rollouts.keep != "all" or config.rollouts.pseudo_labels
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
@@ -151,13 +151,11 @@ def _clean(
     ):
         tasks = [progress.add_task(path.name, total=1.0, said="") for path in inputs]
         for source, chunk, findings in inspect_all(config, inputs, index):
-            if source == len(began_S):
-                began_S.append(number)
-            for i, first in enumerate(range(number, number + len(chunk))):
-                if findings.reasons[i] is None:
-                    findings.reasons[i] = _among_others(
-                        config, findings, i, first, seen, templates, inputs, began_S
-                    )
+            if source == len(began):
+                began.append(number)
+            if config.repetition.max_template_share < 1:
+                _drop_templates(config, findings, templates)
+            _drop_duplicates(findings, seen, number, lambda n: _where(n, inputs, began))
             number += len(chunk)
             left = [i for i, reason in enumerate(findings.reasons) if reason is None]
             if asks:
@@ -178,39 +176,37 @@ def _clean(
     return counts
 
 
-def _among_others(
-    config: CurateConfig,
-    findings: Findings,
-    i: int,
-    number: int,
-    seen: Seen,
-    templates: Templates,
-    inputs: list[Path],
-    began_S: list[int],
-) -> Reason | None:
-    """Why a record that is fine by itself goes because of earlier ones; else it is remembered."""
+def _drop_templates(config: CurateConfig, findings: Findings, templates: Templates) -> None:
+    for i, reason in enumerate(findings.reasons):
+        if reason is None:
+            share = templates.share(*findings.lines[i])
+            if share > config.repetition.max_template_share:
+                findings.reasons[i] = "template", {"template_share": round(share, 3)}
 
-    def where(earlier: int) -> dict[str, Any]:
-        source = bisect.bisect_right(began_S, earlier) - 1
-        return {"file": str(inputs[source]), "line": earlier - began_S[source] + 1}
 
-    if config.repetition.max_template_share < 1:
-        share = templates.share(*findings.lines[i])
-        if share > config.repetition.max_template_share:
-            return "template", {"template_share": round(share, 3)}
-    if config.duplicates.exact:
-        earlier = seen.exact(findings.exact_keys[i])
-        if earlier is not None:
-            return "duplicate", where(earlier)
-    near_key = findings.near_keys[i]
-    if findings.min_hashes is not None and near_key is not None:
-        found = seen.near(near_key, findings.min_hashes[i])
-        if found is not None:
-            return "near_duplicate", where(found[0]) | {"share": round(found[1], 3)}
-        seen.add_near(near_key, findings.min_hashes[i], number)
-    if config.duplicates.exact:
-        seen.add_exact(findings.exact_keys[i], number)
-    return None
+def _drop_duplicates(
+    findings: Findings, seen: Seen, number: int, where: Callable[[int], dict[str, Any]]
+) -> None:
+    """Drops what was there before; `where` says where the record of a number is."""
+    left = [i for i, reason in enumerate(findings.reasons) if reason is None]
+    hashes_RB = findings.min_hashes
+    earlier = seen.take(
+        [number + i for i in left],
+        [findings.exact_keys[i] for i in left],
+        [findings.near_keys[i] for i in left],
+        None if hashes_RB is None else hashes_RB[left],
+    )
+    for i, found in zip(left, earlier, strict=True):
+        if found is not None and found.share is None:
+            findings.reasons[i] = "duplicate", where(found.number)
+        elif found is not None:
+            share = {"share": round(found.share, 3)}
+            findings.reasons[i] = "near_duplicate", where(found.number) | share
+
+
+def _where(number: int, inputs: list[Path], began: list[int]) -> dict[str, Any]:
+    source = bisect.bisect_right(began, number) - 1
+    return {"file": str(inputs[source]), "line": number - began[source] + 1}
 
 
 def _ask_verifiers(

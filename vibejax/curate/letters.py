@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 LAYOUT = (
-    "dfrac", "tfrac", "frac", "left", "right", "ldots", "cdots", "dots", "cdot", "times", "sqrt",
-    "overline", "underline", "triangle", "angle", "circ", "mathrm", "text", "displaystyle",
+    "dfrac", "frac", "left", "right", "dots", "cdot", "times", "sqrt", "overline", "triangle",
+    "angle", "circ", "mathrm", "text",
 )  # fmt: skip
 """Left out wherever they stand: LaTeX that other spellings of a formula write as a sign, or not."""
 
@@ -105,6 +105,7 @@ class Batch:
         self.size_S = np.fromiter(map(len, segments), np.int64, len(segments))
         self.start_S = np.concatenate([[0], np.cumsum(self.size_S + 1)[:-1]])
         power_C, self._inverse_C = _powers(len(buffer))
+        self._gram_hashes: dict[int, np.ndarray] = {}
         self._sum_C = np.zeros(len(buffer) + 1, np.uint64)
         np.cumsum(_CODES[self.code_C] * power_C, out=self._sum_C[1:])
 
@@ -114,9 +115,11 @@ class Batch:
 
     def gram_hashes(self, size: int) -> np.ndarray:
         """[C - size + 1] uint64, the hashes of all n-grams of `size` bytes, of the batch as one."""
-        count = max(len(self.code_C) - size + 1, 0)
-        sums = self._sum_C[size : size + count] - self._sum_C[:count]
-        return sums * self._inverse_C[:count]
+        if size not in self._gram_hashes:
+            count = max(len(self.code_C) - size + 1, 0)
+            sums = self._sum_C[size : size + count] - self._sum_C[:count]
+            self._gram_hashes[size] = sums * self._inverse_C[:count]
+        return self._gram_hashes[size]
 
     def grams_within(self, size: int, *, traces_only: bool = False) -> tuple[np.ndarray, ...]:
         """The n-grams of `size` bytes that lie in one segment.
