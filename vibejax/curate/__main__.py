@@ -128,7 +128,7 @@ def _index(config: CurateConfig, sets: list[tuple[str, Path]]) -> Index | None:
         for number, record in read_records(path):
             text = record.get(field) if field else parts(record, f"{path}:{number}")[0]
             if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{path}:{number}: has no text in {field or 'its prompt'!r}")
+                raise DataError(f"{path}:{number}: has no text in {field or 'prompt'!r}")
             texts[name].append(text)
     n, share = config.decontaminate.n, config.decontaminate.share
     return evaluation.build(texts, n=n, share=share) if texts else None
@@ -222,7 +222,7 @@ def _ask_verifiers(
     if config.rollouts.pseudo_labels:
         for i in left:
             record = records[i]
-            if record.get("ground_truth") is None and "reward_model" not in record:
+            if record.get("ground_truth") is None and record.get("reward_model") is None:
                 reasons[i] = _label(config, record, chunk.where(i), pool)
                 counts.labelled += reasons[i] is None
         left = [i for i in left if reasons[i] is None]
@@ -253,7 +253,7 @@ def _judge_traces(
         trace = parts(record, where)[1]
         if not trace:
             raise DataError(f"{where}: has no trace: no 'completion' or message of an 'assistant'")
-        if "messages" in record:
+        if record.get("messages") is not None:
             record = {**record, "messages": record["messages"][:-1]}
         items.append(({k: v for k, v in record.items() if k != "completion"}, where, trace))
     for i, verdict in zip(left, rollouts.verdicts(pool, items), strict=True):

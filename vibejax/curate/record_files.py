@@ -109,7 +109,8 @@ def parts(record: dict[str, Any], where: str) -> tuple[str, str]:
     Raises:
         InputError: there is no prompt, or a part of it is no text.
     """
-    name = "messages" if "messages" in record else "prompt"
+    # Parquet gives every record all columns.
+    name = "prompt" if record.get("messages") is None else "messages"
     prompt, trace = record.get(name), record.get("completion") or ""
     if not isinstance(trace, str):
         raise InputError(f"{where}: completion must be a text, is {type(trace).__name__}")
@@ -159,8 +160,12 @@ class Writer:
     def write_records(self, records: Sequence[dict[str, Any]]) -> None:
         """Writes records."""
         if self.path.suffix == ".parquet":
+            # pyarrow would take the first record's fields for all there are.
+            names = dict.fromkeys(name for record in records for name in record)
             try:
-                self._write_table(pyarrow.Table.from_pylist(list(records)))
+                self._write_table(
+                    pyarrow.Table.from_pylist([{n: r.get(n) for n in names} for r in records])
+                )
             except pyarrow.ArrowInvalid as error:
                 raise InputError(f"{self.path}: {error}; .jsonl takes any records") from None
             return
@@ -206,5 +211,7 @@ class Writer:
 
     def discard(self) -> None:
         """Leaves nothing behind."""
+        if self._parquet is not None:
+            self._parquet.close()
         self._file.close()
         self._partial.unlink(missing_ok=True)

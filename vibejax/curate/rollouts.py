@@ -51,7 +51,7 @@ def verdicts(pool: Pool, items: Sequence[tuple[Record, str, str]]) -> list[Verdi
         VerifierFailure: the verifiers themselves fail too often.
     """
     for number, (record, where, completion) in enumerate(items):
-        record = from_verl(record) if "reward_model" in record else record
+        record = from_verl(record) if record.get("reward_model") is not None else record
         bare = {name: value for name, value in record.items() if name != "completions"}
         try:
             pool.submit(number, bare, completion)
