@@ -205,11 +205,11 @@ def test_near_duplicates_are_found_and_other_numbers_are_not(apart):
 
 def test_near_duplicates_are_found_among_many():
     rng = random.Random(2)
-    seen = duplicates.Seen(exact=False, near=0.8)
-    texts = [" ".join(words(rng, 25)) for _ in range(6_000)]  # beyond the first table
+    seen = duplicates.Seen(exact=False, near=0.75)
+    texts = [" ".join(words(rng, 16)) for _ in range(4_500)]  # beyond the first table
     for begin in range(0, len(texts), 500):
         assert take(seen, *texts[begin : begin + 500], first=begin) == [None] * 500
-    again = [t.rsplit(maxsplit=1)[0] for t in texts[:300]]
+    again = [t.rsplit(maxsplit=1)[0] for t in texts[:200]]
     found = take(seen, *again, first=len(texts))
     assert np.mean([f is not None and f.number == i for i, f in enumerate(found)]) > 0.98
 

@@ -83,7 +83,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[P
     """
     prompts = []
     for number, record in read_records(path):
-        record = from_verl(record) if "reward_model" in record else record
+        record = _from_verl(record) if "reward_model" in record else record
         where = f"{path}:{number}"
         tokens = encode_prompt(record, tokenizer, where)
         if not tokens:
@@ -141,7 +141,7 @@ def _is_chat(messages: Any) -> bool:
     )
 
 
-def from_verl(record: Record) -> Record:
+def _from_verl(record: Record) -> Record:
     """A record of verl's columns in this project's."""
     reward, extra = record["reward_model"] or {}, record.get("extra_info") or {}
     prompt = record.get("prompt")

@@ -22,17 +22,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vibejax import weights
 from vibejax.config import CurateConfig
 from vibejax.config_file import InputError, errors_in_one_line, parse_args
 from vibejax.curate import evaluation, report, rollouts
 from vibejax.curate.duplicates import Seen
 from vibejax.curate.evaluation import Index
-from vibejax.curate.inspection import Findings, Reason, inspect_all
-from vibejax.curate.record_files import SUFFIXES, Chunk, Writer, parts
+from vibejax.curate.inspection import Findings, Reason, inspect_all, token_counter
+from vibejax.curate.record_files import SUFFIXES, Chunk, Writer, parts, read_chunks
 from vibejax.curate.repetition import Templates
 from vibejax.curate.report import Counts
-from vibejax.data import DataError, Record, read_records
 from vibejax.locations import resolve
 from vibejax.run_folder import RunError
 from vibejax.verifiers.pool import Pool, VerifierFailure
@@ -59,8 +57,7 @@ def run(config: CurateConfig) -> dict[str, Any]:
     sets = _evaluation_sets(config)
     out = _outputs(config, [*inputs, *(path for _, path in sets)])
     index = _index(config, sets)
-    if config.length.tokenizer:
-        weights.locate(config.length.tokenizer)  # before any worker starts
+    token_counter(config)  # names a tokenizer that cannot be used before any worker starts
     kept, dropped = Writer(out["kept"]), Writer(out["dropped"])
     try:
         counts = _clean(config, inputs, index, kept, dropped)
@@ -84,7 +81,7 @@ def _input(name: str) -> Path:
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: must end with {' or '.join(SUFFIXES)}")
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     return path
 
 
@@ -119,17 +116,18 @@ def _index(config: CurateConfig, sets: list[tuple[str, Path]]) -> Index | None:
     """The evaluation sets, ready to be looked for.
 
     Raises:
-        DataError: a set is empty, or an item has no problem.
+        InputError: a set is empty, or an item has no problem.
     """
     field = config.decontaminate.field
     texts: dict[str, list[str]] = {}
     for name, path in sets:
         texts[name] = []
-        for number, record in read_records(path):
-            text = record.get(field) if field else parts(record, f"{path}:{number}")[0]
-            if not isinstance(text, str) or not text.strip():
-                raise DataError(f"{path}:{number}: has no text in {field or 'prompt'!r}")
-            texts[name].append(text)
+        for chunk in read_chunks(path):
+            for i, record in enumerate(chunk.records()):
+                text = record.get(field) if field else parts(record, chunk.where(i))[0]
+                if not isinstance(text, str) or not text.strip():
+                    raise InputError(f"{chunk.where(i)}: has no text in {field or 'prompt'!r}")
+                texts[name].append(text)
     n, share = config.decontaminate.n, config.decontaminate.share
     return evaluation.build(texts, n=n, share=share) if texts else None
 
@@ -212,7 +210,7 @@ def _where(number: int, inputs: list[Path], began: list[int]) -> dict[str, Any]:
 def _ask_verifiers(
     config: CurateConfig,
     chunk: Chunk,
-    records: list[Record],
+    records: list[dict[str, Any]],
     left: list[int],
     reasons: list[Reason | None],
     pool: Pool,
@@ -233,7 +231,7 @@ def _ask_verifiers(
         _judge_rollouts(config, chunk, records, left, reasons, pool)
 
 
-def _label(config: CurateConfig, record: Record, where: str, pool: Pool) -> Reason | None:
+def _label(config: CurateConfig, record: dict[str, Any], where: str, pool: Pool) -> Reason | None:
     """Gives a record the answer of most of its completions as ground truth."""
     texts = rollouts.completion_texts(record, where)
     answer, votes = rollouts.majority(texts, functools.partial(rollouts.equal_answers, pool))
@@ -245,14 +243,18 @@ def _label(config: CurateConfig, record: Record, where: str, pool: Pool) -> Reas
 
 
 def _judge_traces(
-    chunk: Chunk, records: list[Record], left: list[int], reasons: list[Reason | None], pool: Pool
+    chunk: Chunk,
+    records: list[dict[str, Any]],
+    left: list[int],
+    reasons: list[Reason | None],
+    pool: Pool,
 ) -> None:
     items = []
     for i in left:
         where, record = chunk.where(i), records[i]
         trace = parts(record, where)[1]
         if not trace:
-            raise DataError(f"{where}: has no trace: no 'completion' or message of an 'assistant'")
+            raise InputError(f"{where}: has no trace: no 'completion' or message of an 'assistant'")
         if record.get("messages") is not None:
             record = {**record, "messages": record["messages"][:-1]}
         items.append(({k: v for k, v in record.items() if k != "completion"}, where, trace))
@@ -266,7 +268,7 @@ def _judge_traces(
 def _judge_rollouts(
     config: CurateConfig,
     chunk: Chunk,
-    records: list[Record],
+    records: list[dict[str, Any]],
     left: list[int],
     reasons: list[Reason | None],
     pool: Pool,

@@ -120,7 +120,7 @@ def inspect_all(
     """
     chunks = ((s, chunk) for s, path in enumerate(inputs) for chunk in read_chunks(path))
     if config.workers == 1:
-        tokens = _tokens(config)
+        tokens = token_counter(config)
         for source, chunk in chunks:
             yield source, chunk, inspect(chunk, config, index, tokens)
         return
@@ -158,14 +158,19 @@ _worker_arguments: tuple[Any, ...] = ()
 
 def _start_worker(config: CurateConfig, index: Index | None) -> None:
     global _worker_arguments
-    _worker_arguments = config, index, _tokens(config)
+    _worker_arguments = config, index, token_counter(config)
 
 
 def _inspect_here(chunk: Chunk) -> Findings:
     return inspect(chunk, *_worker_arguments)
 
 
-def _tokens(config: CurateConfig) -> CountTokens | None:
+def token_counter(config: CurateConfig) -> CountTokens | None:
+    """Counts the tokens of a text; None where the configuration names no tokenizer.
+
+    Raises:
+        InputError: the tokenizer cannot be used.
+    """
     if not config.length.tokenizer:
         return None
     from vibejax import tokenizer, weights  # seconds, which only those wait for who count tokens

@@ -7,10 +7,11 @@ writes into each record; `accuracy`, a number, takes their place where it was co
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vibejax.data import DataError, Record, from_verl
+from vibejax.config_file import InputError
 from vibejax.verifiers import Verdict, math
 from vibejax.verifiers.pool import Pool
 
+Record = dict[str, Any]
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -18,14 +19,14 @@ def completion_texts(record: Record, where: str) -> list[str]:
     """The texts of a record's rollouts.
 
     Raises:
-        DataError: there are none, or one has no text.
+        InputError: there are none, or one has no text.
     """
     completions = record.get("completions")
     if not isinstance(completions, list) or not completions:
-        raise DataError(f"{where}: has neither an 'accuracy' nor 'completions'")
+        raise InputError(f"{where}: has neither an 'accuracy' nor 'completions'")
     for number, completion in enumerate(completions, start=1):
         if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
-            raise DataError(f"{where}: completion {number} has no 'text'")
+            raise InputError(f"{where}: completion {number} has no 'text'")
     return [completion["text"] for completion in completions]
 
 
@@ -33,13 +34,13 @@ def given_accuracy(record: Record, where: str) -> float | None:
     """A record's `accuracy`, None where it has none.
 
     Raises:
-        DataError: it is no number between 0 and 1.
+        InputError: it is no number between 0 and 1.
     """
     value = record.get("accuracy")
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise DataError(f"{where}: accuracy = {value!r:.40}: must be a number between 0 and 1")
+        raise InputError(f"{where}: accuracy = {value!r:.40}: must be a number between 0 and 1")
     return float(value)
 
 
@@ -47,16 +48,17 @@ def verdicts(pool: Pool, items: Sequence[tuple[Record, str, str]]) -> list[Verdi
     """Verdicts on (record, where, completion).
 
     Raises:
-        DataError: a record has nothing to be verified with.
+        InputError: a record has nothing to be verified with.
         VerifierFailure: the verifiers themselves fail too often.
     """
     for number, (record, where, completion) in enumerate(items):
-        record = from_verl(record) if record.get("reward_model") is not None else record
         bare = {name: value for name, value in record.items() if name != "completions"}
+        if record.get("reward_model") is not None:  # verl's column, of math problems
+            bare |= {"verifier": "math"} | record["reward_model"]
         try:
             pool.submit(number, bare, completion)
         except ValueError as error:
-            raise DataError(f"{where}: {error}") from None
+            raise InputError(f"{where}: {error}") from None
     found = dict(pool.finished())
     return [found[number] for number in range(len(items))]
 
