@@ -110,10 +110,11 @@ def test_worker_processes_find_the_same(tmp_path):
 
 def test_duplicates_are_found_across_files(tmp_path):
     config = configured(tmp_path, RECORDS[:1])
-    other = write(tmp_path / "second.parquet", [{"prompt": "Hi."}, *RECORDS[:1]])
+    other = write(tmp_path / "second.parquet", [{"prompt": "Hi."}, *RECORDS[:1], {"prompt": "hi"}])
     run(config.model_copy(update={"inputs": [*config.inputs, str(other)]}))
-    (row,) = read(tmp_path / "out.dropped.jsonl")
+    row, last = read(tmp_path / "out.dropped.jsonl")
     assert (row["file"], row["line"]) == (str(other), 2)
+    assert last["match"] == {"file": str(other), "line": 1}
     assert row["match"] == {"file": str(tmp_path / "in.jsonl"), "line": 1}
 
 

@@ -68,6 +68,7 @@ def test_a_copy_is_found_however_it_looks(text):
 def test_phrases_of_all_problems_are_no_copy():
     """A common 10-gram alone would call it one: the rule that share = 0 comes to."""
     assert copies(ALL, STOCK) == [None]
+    assert copies(index(ITEMS[:1]), STOCK) == [None]
     assert copies(index(ITEMS[:1], share=1e-9), STOCK) == ["set0:1"]
 
 
@@ -147,6 +148,11 @@ def test_grams_lie_in_one_segment():
 def test_exact_duplicates_keep_formulas_apart(a, b, same):
     keys = [duplicates.exact_key(letters.letters(t), duplicates.formula(t)) for t in (a, b)]
     assert (keys[0] == keys[1]) is same
+
+
+def test_relations_are_part_of_formulas():
+    assert duplicates.formula(r"x \leq 3") == duplicates.formula(r"x \le 3") == "x ~ l 3"
+    assert duplicates.formula(r"x \leq 3") != duplicates.formula(r"x \geq 3")
 
 
 def words(rng, count):
