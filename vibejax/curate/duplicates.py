@@ -7,9 +7,9 @@ from min-hashes) and their formulas, now with single letters, are the same too: 
 of "x - 3", nor a problem of the same problem with other numbers.
 
 A record costs some 400 bytes, whatever its length: a dictionary's entry for its letters, 128 bytes
-of min-hashes, and as much or twice as much in the tables that find candidates. A new record is compared with those that agree
-with it in one of 16 bands of 8 min-hashes: 0.947 of pairs whose index is 0.8 meet in one, 0.9999
-of those with 0.9.
+of min-hashes, and as much or twice as much in the tables that find candidates. A new record is
+compared with those that agree with it in one of 16 bands of 8 min-hashes: 0.947 of pairs whose
+index is 0.8 meet in one, 0.9999 of those with 0.9.
 
 Source: one permutation hashing with rotation (Shrivastava and Li, arXiv:1406.4784).
 """
