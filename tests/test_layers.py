@@ -19,14 +19,15 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"gguf_reader"},
     {"gguf_tokenizer", "checkpoint_reader"},
     {"tokenizer"},
-    {"weights", "train", "data", "curate"},
+    {"weights", "train", "data"},
     {"checkpoint", "sampling", "scheduler", "memory_plan"},
     {"decode"},
     {"batching"},
     {"engine"},
     {"rollout", "scoring", "report"},
     # The stages: each a command, none built on another.
-    {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"},
+    {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
+    | {"curate"},
     {"pipeline"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,1 @@
+"""What `python -m vibejax.curate` decides by: copies, duplicates, repetition, rollouts."""
