@@ -16,8 +16,6 @@ from hf_folder import SETTINGS, assert_same, make_tensors, read_folder, write_fo
 from vibejax import arithmetic, checkpoint_reader, merge, tokenizer, weights
 from vibejax.merge import Source
 
-ONE_THIRD = np.float32(1 / 3)
-
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
@@ -69,15 +67,11 @@ def test_weights_are_divided_by_their_sum_and_equal_where_none_is_given():
 
 
 def test_products_and_sums_are_float32_and_rounded_once(write, tmp_path):
-    """In bfloat16, 1 + 1/256 would be 1 at each step; here the three halves are seen."""
-    sources = [Source(str(write(name, value, "bfloat16")), 1.0)
-               for name, value in (("a", 1.0), ("b", 1.0), ("c", 1.0234375))]  # fmt: skip
-    merge.merge(tmp_path / "m", sources, None)
-    want = ONE_THIRD + ONE_THIRD + ONE_THIRD * np.float32(1.0234375)
-    want = np.float32(want).astype(ml_dtypes.bfloat16)
-    assert want == 1.0078125
+    """256/2 + 4 x 2/8 = 129; sums in bfloat16 would stay at 128, whose next number is 129."""
+    large, small = write("large", 256.0, "bfloat16"), write("small", 2.0, "bfloat16")
+    merge.merge(tmp_path / "m", [Source(str(large), 4.0), *[Source(str(small), 1.0)] * 4], None)
     for tensor in read_folder(tmp_path / "m").values():
-        np.testing.assert_array_equal(tensor, want)
+        np.testing.assert_array_equal(tensor, ml_dtypes.bfloat16(129))
         assert tensor.dtype == ml_dtypes.bfloat16
 
 
@@ -106,11 +100,11 @@ def test_one_source_with_all_the_weight_is_copied_bit_for_bit(write, tmp_path):
 
 
 def test_dtypes_agree_or_become_float32(write, tmp_path):
-    wide, narrow = Source(str(write("a")), 1.0), Source(str(write("b", dtype="bfloat16")), 1.0)
+    half, brain = (Source(str(write(dtype, dtype=dtype)), 1.0) for dtype in ("float16", "bfloat16"))
     for name, sources, asked, want in (
-        ("same", [narrow, narrow], None, "bfloat16"),
-        ("mixed", [narrow, wide], None, "float32"),
-        ("asked", [wide, wide], "float16", "float16"),
+        ("same", [brain, brain], None, "bfloat16"),
+        ("mixed", [half, brain], None, "float32"),
+        ("asked", [brain, brain], "float16", "float16"),
     ):
         merge.merge(tmp_path / name, sources, asked)
         settings = json.loads((tmp_path / name / "config.json").read_text())
