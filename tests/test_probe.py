@@ -210,6 +210,11 @@ def test_what_could_not_be_verified_is_said(folder, tmp_path, sampled, monkeypat
         ("domains.code=IN/gone.jsonl", "IN/gone.jsonl: no such file"),
         ("domains.code=IN/bare.jsonl", "IN/bare.jsonl:2: has no 'ground_truth'"),
         (
+            "domains.code=IN/null.jsonl",
+            "IN/null.jsonl:1: record of verifier 'math' has no `ground_",
+        ),
+        ("domains.code=IN/odd.jsonl", "IN/odd.jsonl:1: verifier = 'maths' is unknown, known are"),
+        (
             "rollout.max_prompt_tokens=3",
             "IN/math.jsonl:1: the prompt has 4 tokens, more than the 3",
         ),
@@ -222,6 +227,8 @@ def test_bad_input_is_one_line_before_anything_is_sampled(
 ):
     bare = [SUMS[0], {key: value for key, value in SUMS[1].items() if key != "ground_truth"}]
     tiny.write_task(folder / "bare.jsonl", bare)
+    tiny.write_task(folder / "null.jsonl", [SUMS[0] | {"ground_truth": None}])
+    tiny.write_task(folder / "odd.jsonl", [SUMS[0] | {"verifier": "maths"}])
     with pytest.raises(InputError) as error:
         run(folder, tmp_path / "out", setting.replace("IN", str(folder)))
     assert message.replace("IN", str(folder)) in str(error.value)

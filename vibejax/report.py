@@ -81,7 +81,12 @@ def draw_probe(
     place = np.arange(len(checkpoints))
     for domain, (value, low, high) in ((name, score.T) for name, score in scores.items()):
         line = axis.errorbar(
-            place, value, [value - low, high - value], fmt="o-", capsize=3, label=domain
+            place,
+            value,
+            np.maximum([value - low, high - value], 0),
+            fmt="o-",
+            capsize=3,
+            label=domain,
         )
         best = value.argmax()
         axis.plot(best, value[best], "*", color=line[0].get_color(), markersize=14)
