@@ -21,6 +21,15 @@ def test_pass_at_1_is_the_mean():
     np.testing.assert_allclose(scoring.pass_at_k(correct_NG, 1), correct_NG.mean())
 
 
+def test_pass_curves_by_hand():
+    value_NK = scoring.pass_curves(np.array([0, 1, 2, 4]), 4)
+    want_NK = [[0, 0, 0, 0], [1 / 4, 2 / 4, 3 / 4, 1], [1 / 2, 5 / 6, 1, 1], [1, 1, 1, 1]]
+    np.testing.assert_allclose(value_NK, want_NK, atol=1e-15)
+    # C(999, k) / C(1000, k) = 1 - k / 1000, though neither fits a float64
+    value_K = scoring.pass_curves(np.array([1]), 1_000)[0]
+    np.testing.assert_allclose(value_K, np.arange(1, 1_001) / 1_000, atol=1e-12)
+
+
 def test_k_beyond_the_completions_is_an_error():
     with pytest.raises(ValueError, match="k = 3: must be between 1 and the 2"):
         scoring.pass_at_k(np.ones((4, 2), bool), 3)

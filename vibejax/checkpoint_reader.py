@@ -5,6 +5,7 @@ the format is; `qwen2.param_table` decides what they have to be.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -100,6 +101,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         settings=settings,
         source=SafetensorsFolder(path),
     )
+
+
+def checksums(path: Path) -> dict[str, str]:
+    """File name -> SHA-256, of every file that holds weights of an HF folder or GGUF file."""
+    sums = {}
+    for weights in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with weights.open("rb") as file:
+            sums[weights.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def hf_tensors(config: ModelConfig) -> Iterator[tuple[str, ParamInfo, tuple[int, ...]]]:

@@ -235,6 +235,51 @@ class RlConfig(Section):
         return self
 
 
+class ProbeRolloutConfig(Section):
+    """How the completions of probing sets are sampled."""
+
+    max_prompt_tokens: Count = _field(2_048, "a longer prompt is an error that names it")
+    max_completion_tokens: Count = _field(63_488, "longest completion, stop token included")
+    temperature: Positive = _field(1.0, "divides the logits")
+    top_p: Share = _field(0.95, "probability mass kept by nucleus sampling; the report's: 0.95")
+    slots: Count = _field(64, "completions decoded at one time, at least `samples`")
+
+
+class ProbeConfig(Section):
+    """Scores of checkpoints on the probing sets of domains."""
+
+    checkpoints: list[str] = Field(
+        min_length=1, description="MODELs to score, in the order of their training"
+    )
+    domains: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")], str] = Field(
+        min_length=1, description="table of a probing set for each domain, JSONL or parquet"
+    )
+    out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
+    resume: bool = _field(
+        False, "go on in `out`; `checkpoints` and `domains` may differ, scores that it has stay"
+    )
+    seed: Annotated[int, Field(ge=0)] = _field(0, "of sampling; all checkpoints get the same draws")
+    samples: Count = _field(16, "completions of each prompt")
+    k: Count = _field(8, "a domain's specialist has the highest pass@k; at most `samples`")
+    dtype: Dtype = _field("float32", "of the computation")
+    mesh: MeshConfig = MeshConfig()
+    rollout: ProbeRolloutConfig = ProbeRolloutConfig()
+    verifiers: VerifiersConfig = VerifiersConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self):
+        for name in self.checkpoints:
+            if self.checkpoints.count(name) > 1:
+                raise ValueError(f"checkpoints: {name!r} is named twice")
+        if self.k > self.samples:
+            raise ValueError(f"k = {self.k} must be at most samples = {self.samples}")
+        if self.rollout.slots < self.samples:
+            raise ValueError(
+                f"rollout.slots = {self.rollout.slots} must be at least samples = {self.samples}"
+            )
+        return self
+
+
 class SftConfig(Section):
     """One supervised fine-tuning stage."""
 

