@@ -178,6 +178,14 @@ class EvalConfig(Section):
     top_p: Share = _field(1.0, "probability mass kept by nucleus sampling")
 
 
+class SftEvalConfig(Section):
+    """The loss on held-out documents during training."""
+
+    every: Annotated[int, Field(ge=0)] = _field(
+        0, "steps between evaluations; 0 evaluates only before the first and after the last"
+    )
+
+
 class CheckpointConfig(Section):
     """What is kept to go on from."""
 
@@ -233,23 +241,45 @@ class SftConfig(Section):
     policy: str = _field("", "MODEL to start from; empty: random weights of the sizes in `model`")
     tokenizer: str = _field("", "folder of the tokenizer, where the weights are random")
     data: str = Field(description="JSONL or parquet of messages, or of prompt and completion")
+    heldout: str = _field("", "held-out documents, as `data`; empty: no evaluation")
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
     resume: bool = _field(False, "go on from the last checkpoint in `out`")
-    steps: Count = _field(1_000, "optimizer steps")
-    documents_per_step: Count = _field(128, "documents of one step")
+    epochs: NotNegative = _field(0.0, "passes over `data`, in place of `steps`")
+    steps: Annotated[int, Field(ge=0)] = _field(0, "optimizer steps, in place of `epochs`")
+    documents_per_step: Count = _field(
+        128, "documents of one step; its loss is the mean over all their learnt tokens"
+    )
+    long_documents: Literal["error", "drop", "truncate"] = _field(
+        "error", "what becomes of a document longer than train.row_tokens or the model's context"
+    )
+    context: Annotated[int, Field(ge=0)] = _field(
+        0, "positions of the trained model, written into its config.json; 0: the policy's"
+    )
     seed: Annotated[int, Field(ge=0)] = _field(0, "of the weights and the document order")
     export_dtype: Literal["float32", "bfloat16", "float16"] = _field(
-        "bfloat16", "of the weights in `out`/final"
+        "bfloat16", "of the weights in `out`/final and `out`/exports"
+    )
+    export_every: Annotated[int, Field(ge=0)] = _field(
+        0, "steps between HF folders in `out`/exports, for probing; 0: none"
     )
     model: ModelSizes = ModelSizes()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     attention: AttentionConfig = AttentionConfig()
+    eval: SftEvalConfig = SftEvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")
     def _has_a_start(self):
         if not self.policy and not self.tokenizer:
             raise ValueError("policy = '' must name a MODEL, or tokenizer a folder")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_length(self):
+        if bool(self.epochs) == bool(self.steps):
+            raise ValueError(
+                f"epochs = {self.epochs:g}, steps = {self.steps}: one of the two must be above 0"
+            )
         return self
