@@ -285,6 +285,9 @@ def test_a_template_without_boundaries_is_named(folder, tmp_path, template, mess
     [
         (["heldout={empty}"], "empty.jsonl: is empty"),
         (["heldout=missing.jsonl"], "missing.jsonl: no such file"),
+        # said before the data, which may take an hour to encode, are looked at
+        (["data=missing.jsonl", "out={policy}"], "policy: exists; choose another out, or go on"),
+        (["data=missing.jsonl", "resume=true"], "out: has no config.toml, so there is no run"),
         (["context=32"], "data.jsonl:1: has 35 tokens, more than context = 32"),
         (["train.row_tokens=4", "long_documents=truncate"], "no document is left: all have more"),
         (["epochs=0.01"], "epochs = 0.01 of 11 documents: there is none to learn from"),
@@ -298,7 +301,9 @@ def test_a_run_that_cannot_start_says_why(folder, settings, message):
     empty = folder / "empty.jsonl"
     empty.write_text("")
     with pytest.raises(InputError) as error:
-        sft.run(configure(folder, *(s.format(empty=empty) for s in settings)))
+        sft.run(
+            configure(folder, *(s.format(empty=empty, policy=folder / "policy") for s in settings))
+        )
     assert message in str(error.value)
     assert not (folder / "out").exists()
 

@@ -80,6 +80,7 @@ def run(config: SftConfig) -> Path:
         InputError: something the user gave cannot be used, or the run cannot go on.
     """
     began = time.perf_counter()
+    run_folder.check_run(config)
     setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
     with jax.set_mesh(setup.mesh):

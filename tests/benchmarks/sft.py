@@ -2,7 +2,7 @@
 
 SmolLM2-135M's shape with random weights, float32, AdamW; 16 chats of 64 prompt tokens and lognormal
 completions of median 96, at most 448, in random order, a loss on completions only. Ours packs them
-into rows of 512; the peer pads each micro-batch of 4 to its longest, as TRL does by default, and
+into rows of 512; the peer pads each micro-batch of 8 to its longest, as TRL does by default, and
 computes the loss that its model computes from `labels`. Useful tokens are prompt and completion
 tokens without padding. The target is twice the peer's. Needs the extra `parity`.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import train as grpo
 
 PROMPT_TOKENS = 64
-MICROBATCH = 4
+MICROBATCH = 8
 CASE = "ragged"
 
 
