@@ -75,10 +75,32 @@ def test_order_is_a_function_of_seed_and_step():
 
 def test_demonstration_ends_with_the_stop_token(tokens):
     record = {"prompt": "1+1=", "completion": "2"}
-    ids, prompt = data.learning_document(record, tokens, "here")
-    assert prompt == 4
-    assert tokens.decode(ids[:-1].tolist()) == "1+1=2"
-    assert ids[-1] == tokens.eos_ids[0]
+    document = data.learning_document(record, tokens, "here")
+    assert document.learnt.tolist() == [False] * 4 + [True] * 2
+    assert tokens.decode(document.tokens[:-1].tolist()) == "1+1=2"
+    assert document.tokens[-1] == tokens.eos_ids[0]
+
+
+def test_nothing_can_predict_a_first_token(tokens):
+    document = data.learning_document({"prompt": "", "completion": "12"}, tokens, "here")
+    assert document.learnt.tolist() == [False, True, True]
+
+
+def test_turns_of_weight_0_are_not_learnt():
+    chat = tiny.chat_tokenizer()
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "weight": None},  # as parquet fills what is missing
+    ]
+    document = data.learning_document({"messages": messages}, chat, "here")
+    assert document.tokens[document.learnt].tolist() == [*chat.encode("d"), 2]
+    del messages[1]["weight"]
+    document = data.learning_document({"messages": messages}, chat, "here")
+    assert document.tokens[document.learnt].tolist() == [
+        *chat.encode("b"), 2, *chat.encode("d"), 2,
+    ]  # fmt: skip
 
 
 def test_demonstration_has_one_token_of_opening(tokens):
@@ -89,9 +111,9 @@ def test_demonstration_has_one_token_of_opening(tokens):
         single="B $A", special_tokens=[("B", bos)]
     )
     opened = dataclasses.replace(tokens, backend=backend)
-    ids, prompt = data.learning_document({"prompt": "1+1=", "completion": "2"}, opened, "here")
-    assert prompt == 5
-    assert ids.tolist() == [bos, *tokens.encode("1+1=2"), tokens.eos_ids[0]]
+    document = data.learning_document({"prompt": "1+1=", "completion": "2"}, opened, "here")
+    assert document.learnt.tolist() == [False] * 5 + [True] * 2
+    assert document.tokens.tolist() == [bos, *tokens.encode("1+1=2"), tokens.eos_ids[0]]
 
 
 def test_shipped_task_is_what_the_command_generates():

@@ -45,6 +45,13 @@ def test_plan_places_every_document_once_and_never_overfills(lengths):
     assert sum(sum(lengths[i] for i in row) * 2 <= 16 for row in plan) <= 1
 
 
+def test_plan_and_fill_by_hand():
+    """Longest first, each where it leaves the least room: 8, 5 + 3, 4 + 2, in three rows of 8."""
+    assert packing.plan([2, 8, 3, 5, 4], 8) == [[1], [3, 2], [4, 0]]
+    assert packing.fill([2, 8, 3, 5, 4], 8, microbatch_rows=1) == 22 / 24
+    assert packing.fill([2, 8, 3, 5, 4], 8, microbatch_rows=2) == 22 / 32  # one row of padding
+
+
 def test_a_document_longer_than_a_row_is_named():
     with pytest.raises(ValueError, match="document 1 has 9 tokens; a row holds 8"):
         packing.plan([3, 9], 8)

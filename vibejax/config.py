@@ -92,13 +92,9 @@ class AttentionConfig(Section):
     ] = _field("auto", "over packed rows; see vibejax.attention")
 
 
-class RolloutConfig(Section):
-    """How completions are sampled."""
+class SamplerConfig(Section):
+    """How completions are sampled, and by an engine of which sizes."""
 
-    prompts_per_step: Count = _field(128, "prompts N drawn for one step")
-    group_size: Annotated[int, Field(ge=2)] = _field(
-        16, "completions G of a prompt, at least 2: advantages compare a group"
-    )
     max_prompt_tokens: Count = _field(2_048, "a longer prompt is an error that names it")
     max_completion_tokens: Count = _field(63_488, "longest completion, stop token included")
     temperature: Positive = _field(1.0, "divides the logits; 1 samples the policy itself")
@@ -121,6 +117,15 @@ class RolloutConfig(Section):
     tensor: Count = _field(1, "devices that share heads and feed-forward width while decoding")
     attention: Literal["auto", "reference", "xla", "tpu", "gpu"] = _field(
         "auto", "over pages; see vibejax.attention"
+    )
+
+
+class RolloutConfig(SamplerConfig):
+    """The groups of one step."""
+
+    prompts_per_step: Count = _field(128, "prompts N drawn for one step")
+    group_size: Annotated[int, Field(ge=2)] = _field(
+        16, "completions G of a prompt, at least 2: advantages compare a group"
     )
 
 
@@ -188,6 +193,14 @@ class EvalConfig(Section):
     top_p: Share = _field(1.0, "probability mass kept by nucleus sampling")
 
 
+class SftEvalConfig(Section):
+    """The loss on held-out documents during training."""
+
+    every: Natural = _field(
+        0, "steps between evaluations; 0 evaluates only before the first and after the last"
+    )
+
+
 class CheckpointConfig(Section):
     """What is kept to go on from."""
 
@@ -235,14 +248,10 @@ class RlConfig(Section):
         return self
 
 
-class ProbeRolloutConfig(Section):
+class ProbeRolloutConfig(SamplerConfig):
     """How the completions of probing sets are sampled."""
 
-    max_prompt_tokens: Count = _field(2_048, "a longer prompt is an error that names it")
-    max_completion_tokens: Count = _field(63_488, "longest completion, stop token included")
-    temperature: Positive = _field(1.0, "divides the logits")
     top_p: Share = _field(0.95, "probability mass kept by nucleus sampling; the report's: 0.95")
-    slots: Count = _field(64, "completions decoded at one time, at least `samples`")
 
 
 class ProbeConfig(Section):
@@ -258,7 +267,7 @@ class ProbeConfig(Section):
     resume: bool = _field(
         False, "go on in `out`; `checkpoints` and `domains` may differ, scores that it has stay"
     )
-    seed: Annotated[int, Field(ge=0)] = _field(0, "of sampling; all checkpoints get the same draws")
+    seed: Natural = _field(0, "of sampling; all checkpoints get the same draws")
     samples: Count = _field(16, "completions of each prompt")
     k: Count = _field(8, "a domain's specialist has the highest pass@k; at most `samples`")
     dtype: Dtype = _field("float32", "of the computation")
@@ -273,10 +282,6 @@ class ProbeConfig(Section):
                 raise ValueError(f"checkpoints: {name!r} is named twice")
         if self.k > self.samples:
             raise ValueError(f"k = {self.k} must be at most samples = {self.samples}")
-        if self.rollout.slots < self.samples:
-            raise ValueError(
-                f"rollout.slots = {self.rollout.slots} must be at least samples = {self.samples}"
-            )
         return self
 
 
@@ -286,25 +291,47 @@ class SftConfig(Section):
     policy: str = _field("", "MODEL to start from; empty: random weights of the sizes in `model`")
     tokenizer: str = _field("", "folder of the tokenizer, where the weights are random")
     data: str = Field(description="JSONL or parquet of messages, or of prompt and completion")
+    heldout: str = _field("", "held-out documents, as `data`; empty: no evaluation")
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
     resume: bool = _field(False, "go on from the last checkpoint in `out`")
-    steps: Count = _field(1_000, "optimizer steps")
-    documents_per_step: Count = _field(128, "documents of one step")
+    epochs: NotNegative = _field(0.0, "passes over `data`, in place of `steps`")
+    steps: Natural = _field(0, "optimizer steps, in place of `epochs`")
+    documents_per_step: Count = _field(
+        128, "documents of one step; its loss is the mean over all their learnt tokens"
+    )
+    long_documents: Literal["error", "drop", "truncate"] = _field(
+        "error", "what becomes of a document longer than train.row_tokens or the model's context"
+    )
+    context: Natural = _field(
+        0, "positions of the trained model, written into its config.json; 0: the policy's"
+    )
     seed: Natural = _field(0, "of the weights and the document order")
     export_dtype: Literal["float32", "bfloat16", "float16"] = _field(
-        "bfloat16", "of the weights in `out`/final"
+        "bfloat16", "of the weights in `out`/final and `out`/exports"
+    )
+    export_every: Natural = _field(
+        0, "steps between HF folders in `out`/exports, for probing; 0: none"
     )
     model: ModelSizes = ModelSizes()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     attention: AttentionConfig = AttentionConfig()
+    eval: SftEvalConfig = SftEvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")
     def _has_a_start(self):
         if not self.policy and not self.tokenizer:
             raise ValueError("policy = '' must name a MODEL, or tokenizer a folder")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_length(self):
+        if bool(self.epochs) == bool(self.steps):
+            raise ValueError(
+                f"epochs = {self.epochs:g}, steps = {self.steps}: one of the two must be above 0"
+            )
         return self
 
 
@@ -325,10 +352,10 @@ class LengthConfig(Section):
     """How long prompts and traces may be; the report's second SFT stage: min_trace = 5000."""
 
     tokenizer: str = _field("", "MODEL whose tokens are counted; empty: characters")
-    min_prompt: Annotated[int, Field(ge=0)] = _field(1, "a shorter prompt is dropped")
-    max_prompt: Annotated[int, Field(ge=0)] = _field(0, "a longer prompt is dropped; 0: none is")
-    min_trace: Annotated[int, Field(ge=0)] = _field(0, "a shorter trace is dropped")
-    max_trace: Annotated[int, Field(ge=0)] = _field(0, "a longer trace is dropped; 0: none is")
+    min_prompt: Natural = _field(1, "a shorter prompt is dropped")
+    max_prompt: Natural = _field(0, "a longer prompt is dropped; 0: none is")
+    min_trace: Natural = _field(0, "a shorter trace is dropped")
+    max_trace: Natural = _field(0, "a longer trace is dropped; 0: none is")
 
 
 class RepetitionConfig(Section):

@@ -1,4 +1,4 @@
-"""Records from JSONL and parquet files, prompts among them, and the order in which they come.
+"""Records from JSONL and parquet files, as prompts or as demonstrations, and their order.
 
 A prompt record holds `messages` (or `prompt`, text that is encoded as it is), the name of its
 `verifier`, its `ground_truth`, and optionally `id`, `domain` and free metadata. The verl column
@@ -9,14 +9,14 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 import pyarrow.parquet
 
 from vibejax.config_file import InputError
-from vibejax.tokenizer import Tokenizer
+from vibejax.tokenizer import ChatError, Tokenizer
 from vibejax.verifiers import worker
 
 Record = dict[str, Any]
@@ -39,6 +39,35 @@ class Prompt:
     index: int
     tokens: tuple[int, ...]
     record: Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """One document to learn from.
+
+    Attributes:
+        tokens: [T] int32.
+        learnt: [T] bool, True on what the policy is to say; never on the first token.
+    """
+
+    tokens: np.ndarray
+    learnt: np.ndarray
+
+
+class Demonstrations(NamedTuple):
+    """What a file holds to learn from.
+
+    Attributes:
+        documents: in the file's order.
+        ends: the tokens that end the last turns of all documents, long ones included.
+        dropped: documents left out because they are too long.
+        truncated: documents that lost their end.
+    """
+
+    documents: list[Demonstration]
+    ends: set[int]
+    dropped: int
+    truncated: int
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -175,25 +204,103 @@ def step_indices(count: int, seed: int, step: int, per_step: int) -> list[int]:
     return [int(indices[i]) for i in range(step * per_step, (step + 1) * per_step)]
 
 
-def learning_document(record: Record, tokenizer: Tokenizer, where: str) -> tuple[np.ndarray, int]:
-    """Token ids of a demonstration, and how many of them are prompt.
+def read_demonstrations(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    limited_by: str,
+    longer: Literal["error", "drop", "truncate"],
+) -> Demonstrations:
+    """All demonstrations of a file, encoded.
 
-    A record holds `messages` that end with the assistant's, or `prompt` and `completion`. The
-    completion ends with the tokenizer's first stop token.
+    Args:
+        path: JSONL or parquet of records as `learning_document` reads them.
+        tokenizer: the policy's.
+        max_tokens: of one document.
+        limited_by: the configuration's name for that bound, for messages.
+        longer: what becomes of a longer one: it is an error, is left out, or loses its end.
 
     Raises:
-        DataError: the record has neither form.
+        DataError: a record cannot be learnt from, is too long, or none is left.
+    """
+    documents, ends, dropped, truncated = [], set(), 0, 0
+    for number, record in read_records(path):
+        document = learning_document(record, tokenizer, f"{path}:{number}")
+        count = len(document.tokens)
+        if count > max_tokens and longer == "error":
+            raise DataError(
+                f"{path}:{number}: has {count} tokens, more than {limited_by} = {max_tokens}; "
+                "long_documents = 'drop' leaves such out, 'truncate' cuts them"
+            )
+        ends.add(int(document.tokens[-1]))
+        if count > max_tokens:
+            document = Demonstration(document.tokens[:max_tokens], document.learnt[:max_tokens])
+            if longer == "drop" or not document.learnt.any():
+                dropped += 1
+                continue
+            truncated += 1
+        documents.append(document)
+    if not documents:
+        raise DataError(
+            f"{path}: no document is left: all have more than {limited_by} = {max_tokens} tokens"
+        )
+    return Demonstrations(documents, ends, dropped, truncated)
+
+
+def learning_document(record: Record, tokenizer: Tokenizer, where: str) -> Demonstration:
+    """The tokens of a demonstration, and which of them are learnt.
+
+    A record holds `messages`, of which the assistant's are learnt with the token that ends them
+    (those with `weight` 0 apart), or `prompt` and `completion`, two texts that are encoded as they
+    are; the completion is learnt and ends with the tokenizer's first stop token.
+
+    Raises:
+        DataError: the record has neither form, or nothing to learn in it.
     """
     if "messages" in record:
-        messages = record["messages"]
-        if not _is_chat(messages) or messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}: messages must end with one of role 'assistant'")
-        prompt = tokenizer.encode_chat(messages[:-1])
-        completion = messages[-1]["content"]
+        _check_conversation(record["messages"], where)
+        try:
+            tokens, owners = tokenizer.encode_turns(record["messages"])
+        except ChatError as error:
+            raise DataError(f"{where}: {error}") from None
+        left_out = {i for i, m in enumerate(record["messages"]) if m.get("weight") == 0}
+        learnt = [owner >= 0 and owner not in left_out for owner in owners]
     elif isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        prompt, completion = tokenizer.encode(record["prompt"]), record["completion"]
+        if not record["completion"]:
+            raise DataError(f"{where}: the completion is empty")
+        prompt = tokenizer.encode(record["prompt"])
+        # no BOS amid the document
+        ids = tokenizer.encode(record["completion"], add_special_tokens=False)
+        tokens = [*prompt, *ids, tokenizer.eos_ids[0]]
+        learnt = [i >= len(prompt) for i in range(len(tokens))]
     else:
-        raise DataError(f"{where}: has neither 'messages' nor 'prompt' and 'completion'")
-    ids = tokenizer.encode(completion, add_special_tokens=False)  # no BOS amid the document
-    tokens = [*prompt, *ids, tokenizer.eos_ids[0]]
-    return np.asarray(tokens, np.int32), len(prompt)
+        raise DataError(f"{where}: has neither 'messages' nor 'prompt' and 'completion' texts")
+    learnt[0] = False  # nothing comes before it that could predict it
+    return Demonstration(np.asarray(tokens, np.int32), np.asarray(learnt, bool))
+
+
+def _check_conversation(messages: Any, where: str) -> None:
+    """Raises DataError, with the message's place, unless an assistant's turn can be learnt."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
+    for i, message in enumerate(messages):
+        at = f"{where}: messages[{i}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{at} has no 'role'")
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{at}, of role {message['role']!r}, has no 'content' text")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise DataError(f"{at}: the assistant's turn is empty")
+        if message.get("weight") not in (None, 0, 1):
+            raise DataError(f"{at}: weight = {message['weight']!r} must be 0 or 1")
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if not turns:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise DataError(f"{where}: has no message of role 'assistant' to learn from, only {roles}")
+    if all(message.get("weight") == 0 for message in turns):
+        raise DataError(f"{where}: all the assistant's turns have weight 0")
+    if messages[0]["role"] == "assistant":
+        raise DataError(f"{where}: messages[0]: nothing comes before the assistant's turn")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: messages must end with one of role 'assistant'")

@@ -4,9 +4,15 @@ Shape suffixes: B rows, T tokens of a row.
 
 Targets are shifted here, on the host, and every token's loss weight is fixed here. What a row
 holds besides is data to the model: it reads positions and segment ids, never the place in a row.
+
+The plan is made for one optimizer step at a time, longest document first. grain's packing works on
+a stream: it fills as well or worse with as many rows open, takes a step's documents from where the
+rows happen to end, and has a state to keep; this has none.
 """
 
+import bisect
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -46,20 +52,27 @@ def plan(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
         ValueError: a document is longer than a row.
     """
     rows: list[list[int]] = []
-    free: list[int] = []
+    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
         if length > row_tokens:
             raise ValueError(f"document {index} has {length} tokens; a row holds {row_tokens}")
-        fitting = [r for r in range(len(rows)) if free[r] >= length]
-        if fitting:
-            row = min(fitting, key=lambda r: (free[r], r))
-            rows[row].append(index)
-            free[row] -= length
+        tightest = bisect.bisect_left(free, (length, 0))
+        if tightest == len(free):
+            rows.append([])
+            room, row = row_tokens, len(rows) - 1
         else:
-            rows.append([index])
-            free.append(row_tokens - length)
+            room, row = free.pop(tightest)
+        rows[row].append(index)
+        bisect.insort(free, (room - length, row))
     return rows
+
+
+def fill(lengths: Sequence[int], row_tokens: int, microbatch_rows: int) -> float:
+    """The share of the tokens computed for these documents that are theirs, not padding."""
+    rows = len(plan(lengths, row_tokens))
+    computed = math.ceil(rows / microbatch_rows) * microbatch_rows * row_tokens
+    return sum(lengths) / computed
 
 
 def pack(documents: Sequence[Document], row_plan: list[list[int]], row_tokens: int) -> Rows:

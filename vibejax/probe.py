@@ -25,7 +25,6 @@ import numpy as np
 
 from vibejax import (
     data,
-    engine,
     qwen2,
     report,
     rollout,
@@ -39,6 +38,7 @@ from vibejax.checkpoint_reader import checksums
 from vibejax.config import ProbeConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
+from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
 from vibejax.qwen2 import ModelConfig
 from vibejax.rollout import Rollout
@@ -188,30 +188,29 @@ def sample_domains(
     Yields:
         (domain, the verified completions of all its prompts).
     """
-    dtype = jnp.dtype(config.dtype)
-    params = engine.sampler_params(
-        weights.load_params(subject.path, subject.model, mesh, dtype), subject.model, dtype
+    dtype, devices = jnp.dtype(config.dtype), mesh.local_devices
+    on = engine_mesh(subject.model, config.rollout.tensor, devices)
+    params = weights.load_params(subject.path, subject.model, mesh, dtype)
+    engine = Engine(
+        qwen2.sampler_params(params, subject.model, dtype, on),
+        rollout.engine_config(config.rollout, subject.model),
+        devices,
     )
-    how = engine.Sampling(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=0,
-        max_tokens=config.rollout.max_completion_tokens,
-        eos_ids=subject.tokenizer.eos_ids,
-    )
+    del params
     for domain in domains:
         rolled = rollout.sample(
-            params,
-            subject.model,
+            engine,
             subject.tokenizer,
             subject.prompts[domain],
             pool,
             samples=config.samples,
-            how=how,
-            slots=config.rollout.slots,
+            max_tokens=config.rollout.max_completion_tokens,
+            how=rollout.draws(config.rollout, subject.tokenizer.eos_ids),
             seed=config.seed,
             step=DRAWS,
         )
+        if not rolled.finite:
+            raise RunError(f"{subject.name}: the model's logits are not numbers on {domain}")
         yield domain, rolled
 
 

@@ -345,15 +345,7 @@ def _with_channel(setup: Setup, params: Params, documents: list[Document], name:
 
 
 def _training_draws(setup: Setup) -> Sampling:
-    config = setup.config.rollout
-    return Sampling(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        eos_ids=setup.tokenizer.eos_ids,
-        min_tokens=config.min_tokens,
-        loop_tokens=config.loop_tokens,
-    )
+    return rollout.draws(setup.config.rollout, setup.tokenizer.eos_ids)
 
 
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vibejax.config import ObjectiveConfig, RolloutConfig
+from vibejax.config import ObjectiveConfig, SamplerConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Completion, Counts, Engine, EngineConfig, Request
@@ -60,8 +60,20 @@ class Rollout:
         return np.array([[c.stop == "length" for c in group] for group in self.completions])
 
 
-def engine_config(config: RolloutConfig, model: ModelConfig) -> EngineConfig:
-    """The engine that a stage's `rollout` section asks for."""
+def draws(config: SamplerConfig, eos_ids: Sequence[int]) -> Sampling:
+    """The distribution that a stage's `rollout` section asks for."""
+    return Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        eos_ids=tuple(eos_ids),
+        min_tokens=config.min_tokens,
+        loop_tokens=config.loop_tokens,
+    )
+
+
+def engine_config(config: SamplerConfig, model: ModelConfig) -> EngineConfig:
+    """The engine that it asks for."""
     return EngineConfig(
         model=model,
         slots=config.slots,

@@ -1,7 +1,7 @@
 """A run's folder: created fresh or resumed, with the configuration it belongs to.
 
 A folder holds config.toml, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
-checkpoints/ and, at the end, final/, an HF folder.
+checkpoints/, exports/ and, at the end, final/; the last two hold HF folders.
 """
 
 import itertools
@@ -21,29 +21,25 @@ class RunError(InputError):
     """A run that cannot start or go on; the message says what to do."""
 
 
-def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Path:
-    """The folder of a run: `config.out`, or a fresh numbered one under runs/.
+def check_run(config: Section, changeable: Sequence[str] = ()) -> None:
+    """Checks that `open_run` can open the run's folder, before work that takes long.
 
     Args:
         config: the run's.
-        stage: names a numbered folder.
-        changeable: fields in which a resumed run may differ from what it was; the folder's
-            config.toml then says what it is.
+        changeable: as for `open_run`.
 
     Raises:
-        RunError: a named folder exists and `resume` is not set, or it is set and there is
-            nothing to resume, or the stored configuration differs.
+        RunError: as `open_run` does.
     """
-    text = config_file.dump(config)
     if not config.out:
         if config.resume:
             raise RunError("resume = true needs out, the folder of the run to go on with")
-        return _create(_fresh(stage), text)
+        return
     folder = Path(config.out)
     if not config.resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: exists; choose another out, or go on with resume = true")
-        return _create(folder, text)
+        return
     stored_path = folder / "config.toml"
     if not stored_path.is_file():
         raise RunError(f"{folder}: has no config.toml, so there is no run to resume")
@@ -57,7 +53,26 @@ def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Pat
         raise RunError(
             f"{folder}: cannot resume with another configuration: {'; '.join(differing)}"
         )
-    return _create(folder, text) if changeable else folder
+
+
+def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Path:
+    """The folder of a run: `config.out`, or a fresh numbered one under runs/.
+
+    Args:
+        config: the run's.
+        stage: names a numbered folder.
+        changeable: fields in which a resumed run may differ from what it was; the folder's
+            config.toml then says what it is.
+
+    Raises:
+        RunError: a named folder exists and `resume` is not set, or it is set and there is
+            nothing to resume, or the stored configuration differs.
+    """
+    check_run(config, changeable)
+    if config.resume and not changeable:
+        return Path(config.out)
+    folder = Path(config.out) if config.out else _fresh(stage)
+    return _create(folder, config_file.dump(config))
 
 
 def _create(folder: Path, text: str) -> Path:

@@ -1,142 +1,295 @@
 """Supervised fine-tuning: `python -m vibejax.sft CONFIG [--set key=value ...]`.
 
-Each step packs some demonstrations into rows and takes one optimizer step on the tokens of their
-completions, each step's mean over tokens. The result is an HF folder, `final` in the run folder.
+Each step packs some demonstrations into rows and takes one optimizer step on what the assistant
+says in them, the mean over all learnt tokens of the step. Which documents a step holds is a
+function of (seed, step), so a resumed run goes on as if it had not stopped. The result is an HF
+folder, `final` in the run folder; `exports` holds those that were asked for on the way.
 """
 
+import dataclasses
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import data, optimizer, qwen2, run_folder, sharding, tokenizer, train, weights
+from vibejax import data, optimizer, packing, qwen2, run_folder, sharding, tokenizer, train, weights
 from vibejax.checkpoint import Checkpoints
 from vibejax.config import SftConfig
 from vibejax.config_file import errors_in_one_line, parse_args
+from vibejax.data import Demonstration, Demonstrations
 from vibejax.locations import resolve
 from vibejax.losses.nll import nll_loss
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
+from vibejax.qwen2 import ModelConfig, Params
 from vibejax.rope import Rope
 from vibejax.run_folder import RunError
+from vibejax.tokenizer import Tokenizer
+from vibejax.train import TrainState
 
 COLUMNS = {
+    "epoch": ("sft/epoch", ".2f"),
     "loss": ("loss", ".4f"),
     "grad norm": ("optimizer/grad_norm", ".3f"),
+    "rate": ("optimizer/learning_rate", ".1e"),
     "tokens": ("sft/tokens", "d"),
+    "fill": ("sft/fill", ".3f"),
     "tokens/s": ("time/tokens_per_s", ".0f"),
+    "held-out": ("heldout/loss", ".4f"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What stays the same over a run.
+
+    Attributes:
+        source: the checkpoint, or the folder of the tokenizer.
+        steps: optimizer steps of the whole run.
+        total: documents of the whole run, those of each pass counted anew.
+        eos_ids: at which the trained policy stops; empty: those of `source`.
+    """
+
+    config: SftConfig
+    source: Path
+    model: ModelConfig
+    mesh: jax.sharding.Mesh
+    documents: list[Demonstration]
+    heldout: list[Document]
+    steps: int
+    total: int
+    eos_ids: tuple[int, ...]
 
 
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(SftConfig, doc=__doc__)
-    with errors_in_one_line():
+    with errors_in_one_line(OSError):
         run(config)
 
 
 def run(config: SftConfig) -> Path:
-    """Trains, and returns the run folder."""
-    source = weights.locate(config.policy) if config.policy else resolve(config.tokenizer)
-    tokens = tokenizer.load(source)
-    model = weights.load_config(source) if config.policy else _model(config, tokens.vocab)
-    documents = _documents(config, tokens)
-    try:
-        mesh = sharding.make_mesh(config.mesh.model_dump())
-        qwen2.param_shardings(model, mesh)
-        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
-    except ValueError as error:
-        raise RunError(f"mesh: {error}") from None
+    """Trains, and returns the run folder.
+
+    Raises:
+        InputError: something the user gave cannot be used, or the run cannot go on.
+    """
+    began = time.perf_counter()
+    run_folder.check_run(config)
+    setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
-    with jax.set_mesh(mesh):
-        adamw = optimizer.make_optimizer(config.optimizer, config.steps)
-        schedule = optimizer.make_schedule(config.optimizer, config.steps)
-        step = train.make_train_step(_loss(model, config), adamw, schedule, model, mesh, ("loss",))
-        state = train.init_state(_params(config, source, model, mesh), adamw)
+    with jax.set_mesh(setup.mesh):
+        adamw = optimizer.make_optimizer(config.optimizer, setup.steps)
+        schedule = optimizer.make_schedule(config.optimizer, setup.steps)
+        loss_fn = make_loss(setup.model, config)
+        step_of = train.make_train_step(
+            loss_fn, adamw, schedule, setup.model, setup.mesh, ("loss",)
+        )
+        score = jax.jit(lambda params, rows: _logprobs(params, rows, setup.model, config))
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+        state = train.init_state(_params(setup), adamw)
         if config.resume:
             state = checkpoints.restore_latest(state)
-        metrics = Metrics(folder, int(state.step), COLUMNS)
-        for done in range(int(state.step), config.steps):
+        done = int(state.step)
+        metrics = Metrics(folder, done, COLUMNS)
+        if done == 0 and setup.heldout:
+            metrics.write(0, heldout_loss(setup, state.params, score))
+        for step in range(done + 1, setup.steps + 1):
             start = time.perf_counter()
-            batch = _batch(documents, config, done)
-            sums, _ = train.sum_documents(step, state.params, batch, config.train, mesh)
-            state, values = step.apply(state, sums)
+            batch = step_documents(setup, step)
+            sums, _ = train.sum_documents(step_of, state.params, batch, config.train, setup.mesh)
+            state, values = step_of.apply(state, sums)
             if not values["optimizer/finite"]:
-                checkpoints.save(done, state)
+                checkpoints.save(step - 1, state)
                 checkpoints.close()
                 raise RunError(
-                    f"step {done + 1}: the loss or the gradient is not finite; the state after "
-                    f"step {done} is saved in {folder / 'checkpoints'}"
+                    f"step {step}: the loss or the gradient is not finite; the state after step "
+                    f"{step - 1} is saved in {folder / 'checkpoints'}"
                 )
-            count = sum(len(d.tokens) for d in batch)
-            rate = count / (time.perf_counter() - start)
             row = {name: float(value) for name, value in values.items()}
-            metrics.write(done + 1, {**row, "sft/tokens": count, "time/tokens_per_s": rate})
-            if (done + 1) % config.checkpoint.every == 0 or done + 1 == config.steps:
-                checkpoints.save(done + 1, state)
+            row |= _counts(setup, batch, step)
+            row["time/tokens_per_s"] = row["sft/tokens"] / (time.perf_counter() - start)
+            last = step == setup.steps
+            if setup.heldout and (last or (config.eval.every and step % config.eval.every == 0)):
+                row |= heldout_loss(setup, state.params, score)
+            metrics.write(step, row)
+            if config.export_every and step % config.export_every == 0:
+                _export(setup, state, folder / "exports" / f"step-{step:06d}")
+            if last or step % config.checkpoint.every == 0:
+                checkpoints.save(step, state)
         metrics.close()
         checkpoints.close()
-        weights.save_params(
-            state.params, model, folder / "final", dtype=config.export_dtype, source=source
-        )
+        _export(setup, state, folder / "final")
+    _print_summary(metrics.log.rows, time.perf_counter() - began)
     return folder
 
 
-def _model(config: SftConfig, vocab: int) -> qwen2.ModelConfig:
+def set_up(config: SftConfig) -> Setup:
+    """Reads what the run starts from, short of its weights.
+
+    Raises:
+        InputError: checkpoint, data or mesh cannot be used.
+    """
+    source = weights.locate(config.policy) if config.policy else resolve(config.tokenizer)
+    tokens = tokenizer.load(source)
+    model = weights.load_config(source) if config.policy else _new_model(config, tokens.vocab)
+    if config.context:
+        model = dataclasses.replace(model, context=config.context)
+    mesh = _mesh(config, model)
+    read = _read(config, config.data, tokens, model)
+    heldout = _read(config, config.heldout, tokens, model).documents if config.heldout else []
+    count = len(read.documents)
+    total = (
+        round(config.epochs * count) if config.epochs else config.steps * config.documents_per_step
+    )
+    if not total:
+        raise RunError(
+            f"epochs = {config.epochs} of {count} documents: there is none to learn from"
+        )
+    new_ends = sorted(read.ends - {*tokens.eos_ids})
+    if new_ends:
+        names = ", ".join(repr(tokens.backend.id_to_token(i)) for i in new_ends)
+        print(f"the trained policy stops at {names} too: the documents' turns end with it")
+    return Setup(
+        config=config,
+        source=source,
+        model=model,
+        mesh=mesh,
+        documents=read.documents,
+        heldout=[Document(tokens=d.tokens, weights=np.float32(d.learnt)) for d in heldout],
+        steps=math.ceil(total / config.documents_per_step),
+        total=total,
+        eos_ids=(*new_ends, *tokens.eos_ids) if new_ends else (),
+    )
+
+
+def _new_model(config: SftConfig, vocab: int) -> ModelConfig:
     sizes = config.model.model_dump()
     rope = Rope(theta=sizes.pop("rope_theta"))
-    return qwen2.ModelConfig(**sizes, rope=rope, vocab=vocab)
+    return ModelConfig(**sizes, rope=rope, vocab=vocab)
 
 
-def _params(config: SftConfig, source: Path, model: qwen2.ModelConfig, mesh) -> qwen2.Params:
-    if config.policy:
-        return weights.load_params(source, model, mesh, jnp.float32)
+def _mesh(config: SftConfig, model: ModelConfig) -> jax.sharding.Mesh:
+    """The mesh, once all that will lie on it is known to divide over it."""
+    try:
+        mesh = sharding.make_mesh(config.mesh.model_dump())
+        qwen2.param_shardings(model, mesh)
+        shape = (config.train.microbatch_rows, config.train.row_tokens)
+        sharding.sharding(mesh, shape, "batch", "length")
+        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
+    except ValueError as error:
+        raise RunError(f"mesh: {error}") from None
+    return mesh
+
+
+def _read(config: SftConfig, name: str, tokens: Tokenizer, model: ModelConfig) -> Demonstrations:
+    """The documents of a file; says what they are."""
+    limits = {"train.row_tokens": config.train.row_tokens, "context": model.context}
+    limited_by = min(limits, key=limits.__getitem__)
+    path = resolve(name)
+    read = data.read_demonstrations(
+        path,
+        tokens,
+        max_tokens=limits[limited_by],
+        limited_by=limited_by,
+        longer=config.long_documents,
+    )
+    tokens_read = sum(len(d.tokens) for d in read.documents)
+    learnt = sum(int(d.learnt.sum()) for d in read.documents)
+    line = f"{path}: {len(read.documents)} documents of {tokens_read} tokens, {learnt} learnt"
+    if read.dropped or read.truncated:
+        line += (
+            f"; longer than {limited_by} = {limits[limited_by]}: {read.dropped} left out, "
+            f"{read.truncated} cut"
+        )
+    print(line)
+    return read
+
+
+def _params(setup: Setup) -> Params:
+    model, mesh = setup.model, setup.mesh
+    if setup.config.policy:
+        return weights.load_params(setup.source, model, mesh, jnp.float32)
     create = jax.jit(
         lambda key: qwen2.init_params(model, key), out_shardings=qwen2.param_shardings(model, mesh)
     )
-    return create(jax.random.key(config.seed))
+    return create(jax.random.key(setup.config.seed))
 
 
-def _documents(config: SftConfig, tokens: tokenizer.Tokenizer) -> list[tuple[np.ndarray, int]]:
-    path = resolve(config.data)
-    documents = []
-    for number, record in data.read_records(path):
-        document, prompt = data.learning_document(record, tokens, f"{path}:{number}")
-        if len(document) > config.train.row_tokens:
-            raise data.DataError(
-                f"{path}:{number}: has {len(document)} tokens, more than train.row_tokens = "
-                f"{config.train.row_tokens}"
-            )
-        documents.append((document, prompt))
-    return documents
+def step_documents(setup: Setup, step: int) -> list[Document]:
+    """The documents of a step (from 1), each learnt token of equal weight; a function of the step.
+
+    The last step of a whole number of epochs may hold fewer, so that none is seen once more.
+    """
+    config = setup.config
+    per_step, before = config.documents_per_step, (step - 1) * config.documents_per_step
+    indices = data.step_indices(len(setup.documents), config.seed, step - 1, per_step)
+    chosen = [setup.documents[i] for i in indices[: setup.total - before]]
+    learnt = sum(int(d.learnt.sum()) for d in chosen)
+    return [Document(tokens=d.tokens, weights=np.float32(d.learnt) / learnt) for d in chosen]
 
 
-def _batch(documents, config: SftConfig, step: int) -> list[Document]:
-    """The documents of one step, each learnt token of equal weight."""
-    count = config.documents_per_step
-    chosen = [documents[i] for i in data.step_indices(len(documents), config.seed, step, count)]
-    learnt = sum(len(tokens) - prompt for tokens, prompt in chosen)
-    return [
-        Document(
-            tokens=tokens, weights=(np.arange(len(tokens)) >= prompt).astype(np.float32) / learnt
-        )
-        for tokens, prompt in chosen
-    ]
+def make_loss(model: ModelConfig, config: SftConfig) -> train.LossFn:
+    """The loss of packed rows: the sum over tokens that the documents' weights say."""
 
-
-def _loss(model: qwen2.ModelConfig, config: SftConfig):
-    def loss_fn(params, rows):
-        implementation = config.attention.implementation
-        logprob_BT = train.row_logprobs(
-            params, rows, model, config.train, implementation=implementation
-        ).logprob_BT
+    def loss_fn(params: Params, rows: train.Batch):
+        logprob_BT = _logprobs(params, rows, model, config)
         loss, metrics = nll_loss(logprob_BT, rows["weight"])
         return loss, (metrics, logprob_BT)
 
     return loss_fn
+
+
+def _logprobs(params: Params, rows: train.Batch, model: ModelConfig, config: SftConfig):
+    return train.row_logprobs(
+        params, rows, model, config.train, implementation=config.attention.implementation
+    ).logprob_BT
+
+
+def heldout_loss(
+    setup: Setup, params: Params, score: Callable[[Params, train.Batch], jax.Array]
+) -> dict[str, float]:
+    """The mean over all learnt tokens of the held-out documents, in nats."""
+    values = train.score_documents(score, params, setup.heldout, setup.config.train, setup.mesh)
+    learnt = sum(int(d.weights.sum()) for d in setup.heldout)
+    return {"heldout/loss": -sum(float(v.sum(dtype=np.float64)) for v in values) / learnt}
+
+
+def _counts(setup: Setup, batch: list[Document], step: int) -> dict[str, Any]:
+    """What a step's rows held."""
+    config, lengths = setup.config, [len(d.tokens) for d in batch]
+    seen = min(step * config.documents_per_step, setup.total)
+    return {
+        "sft/epoch": seen / len(setup.documents),
+        "sft/documents": len(batch),
+        "sft/tokens": sum(lengths),
+        "sft/learnt_tokens": sum(int(np.count_nonzero(d.weights)) for d in batch),
+        "sft/fill": packing.fill(lengths, config.train.row_tokens, config.train.microbatch_rows),
+    }
+
+
+def _export(setup: Setup, state: TrainState, folder: Path) -> None:
+    weights.save_params(
+        state.params,
+        setup.model,
+        folder,
+        dtype=setup.config.export_dtype,
+        source=setup.source,
+        eos_ids=setup.eos_ids,
+    )
+
+
+def _print_summary(rows: list[dict[str, Any]], seconds: float) -> None:
+    fills = [row["sft/fill"] for row in rows if "sft/fill" in row]
+    losses = [row["heldout/loss"] for row in rows if "heldout/loss" in row]
+    print(f"{len(fills)} steps in {seconds:.0f} s, rows filled to {np.mean(fills):.3f}")
+    if losses:
+        print(f"held-out loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A Hugging Face folder's tokenizer.json is obeyed as it is; `gguf_tokenizer` rebuilds the one of a
 GGUF file. Chats are rendered with the checkpoint's own template (ChatML where it has none) in
-jinja2's sandbox, the way transformers does it.
+jinja2's sandbox, the way transformers does it. Where the assistant's turns of a finished chat begin
+and end is the template's to say as well.
 
 Source: transformers' utils/chat_template_utils.py.
 """
@@ -20,6 +21,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+from jinja2 import nodes
 
 from vibejax import gguf_tokenizer
 from vibejax.checkpoint_config import CheckpointError
@@ -39,6 +41,10 @@ CHATML = (
 # Private-use characters that stand around a control token which a message wrote.
 _MARK = re.compile("[\ue000\ue001]")
 _MARKED = re.compile("\ue000([^\ue000\ue001]*)\ue001")
+
+# Unicode's noncharacters, which no text holds, stand around what {% generation %} encloses.
+_GENERATED = re.compile("\ufdd0([^\ufdd0\ufdd1]*)\ufdd1")
+_GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\b")
 
 
 class ChatError(InputError):
@@ -90,10 +96,13 @@ class Tokenizer:
         Raises:
             ChatError: the template is broken, or refuses these messages.
         """
+        return self._render(messages, add_generation_prompt)
+
+    def _render(self, messages, add_generation_prompt: bool, *, mark_turns: bool = False) -> str:
         named = {key: value for key, value in self.settings.items() if key.endswith("_token")}
         named = {key: _token_text(value) for key, value in named.items()}
         try:
-            return _compile(self.template).render(
+            return _compile(self.template, mark_turns).render(
                 **named,
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
@@ -137,6 +146,87 @@ class Tokenizer:
                 ids += self.encode(part, add_special_tokens=False)
         return ids
 
+    def encode_turns(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The ids of a finished chat, and which assistant's turn each of them belongs to.
+
+        A turn is what a sampler would have written: it begins behind the generation prompt and
+        ends with the special token that the template puts behind it. What follows (ChatML's line
+        break) is the template's, and left out after the last turn. A template says where its turns
+        are by {% generation %} blocks or, without, by what it writes of the chat's beginnings.
+
+        Returns:
+            The ids; and for each the index of the assistant's message it belongs to, or -1.
+
+        Raises:
+            ChatError: the template is broken, refuses these messages, or does not say where the
+                assistant's turns begin and end.
+        """
+        speaking = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        marked = _GENERATION_TAG.search(self.template)
+        pieces = self._marked_turns(messages) if marked else self._turns_by_beginnings(messages)
+        if len(pieces) != len(speaking):
+            raise ChatError(
+                f"chat template: writes {len(pieces)} {{% generation %}} blocks for the "
+                f"{len(speaking)} turns of the assistant"
+            )
+        ids: list[int] = []
+        owners: list[int] = []
+        end = 0
+        for index, (opening, turn) in zip(speaking, pieces, strict=True):
+            # As a sampler has it: a token never reaches from the prompt into the turn.
+            before = self.encode(opening, add_special_tokens=False)
+            inside = self.encode(turn, add_special_tokens=False)
+            ids += before + inside
+            owners += [-1] * len(before) + [index] * len(inside)
+            length = max((n for n, i in enumerate(inside, 1) if i in self._turn_ends), default=0)
+            behind = self.decode(inside[length:], skip_special_tokens=False)
+            if not length or behind.strip():
+                raise ChatError(
+                    f"chat template: ends the assistant's turn with {behind[-20:]!r}, not with a "
+                    "special token of the tokenizer"
+                )
+            end = len(ids) - len(inside) + length
+            owners[end:] = [-1] * (len(ids) - end)
+        return ids[:end], owners[:end]
+
+    def _marked_turns(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
+        """What comes before each {% generation %} block, and the block."""
+        text = self._render(messages, False, mark_turns=True)
+        pieces = _GENERATED.split(text)
+        if "".join(pieces) != self.render(messages, False):
+            raise ChatError("chat template: changes what its {% generation %} blocks enclose")
+        return list(zip(pieces[::2], pieces[1::2], strict=False))
+
+    def _turns_by_beginnings(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
+        """What comes before each of the assistant's turns, and the turn."""
+        whole = self.render(messages, False)
+        pieces, end = [], 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self.render(messages[:i]), self.render(messages[: i + 1], False)
+            if not (whole.startswith(after) and after.startswith(before) and len(before) >= end):
+                raise ChatError(
+                    f"chat template: writes messages[{i}] in another way than behind a generation "
+                    "prompt, or when more follows, so where the turn begins and ends is not known; "
+                    "put it between {% generation %} and {% endgeneration %}"
+                )
+            turn = after[len(before) :]
+            silent = before == self.render(messages[:i], False)
+            if silent and not turn.lstrip().startswith(message["content"].strip()):
+                raise ChatError(
+                    "chat template: has no generation prompt, so where the assistant's turn begins "
+                    "is not known; put it between {% generation %} and {% endgeneration %}"
+                )
+            pieces.append((whole[end : len(before)], turn))
+            end = len(after)
+        return pieces
+
+    @functools.cached_property
+    def _turn_ends(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset([*self.eos_ids, *(i for i, token in added.items() if token.special)])
+
     def _encode_plain(self, text: str) -> list[int]:
         """The ids of `text` with no eye for added tokens."""
         if self.backend.normalizer is not None:
@@ -168,11 +258,28 @@ def _token_text(value: Any) -> Any:
     return value.get("content") if isinstance(value, Mapping) else value
 
 
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, transformers' tag around the assistant's turns."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        if self.environment.mark_turns:
+            first, last = (
+                nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in "\ufdd0\ufdd1"
+            )
+            body = [first, *body, last]
+        return nodes.Scope(body, lineno=line)
+
+
 @functools.cache
-def _compile(template: str) -> jinja2.Template:
+def _compile(template: str, mark_turns: bool) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
+    environment.extend(mark_turns=mark_turns)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,7 @@ def save_params(
     *,
     dtype: Any,
     source: Path | None,
+    eos_ids: Sequence[int] = (),
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Writes a Hugging Face folder that transformers and vLLM load as it is.
@@ -190,6 +191,7 @@ def save_params(
         dtype: of the tensors.
         source: HF folder or GGUF file that the tokenizer, the stop ids and further keys of
             config.json come from; None leaves them out.
+        eos_ids: stop ids in place of the source's; empty keeps those.
         max_shard_bytes: beyond it, weights are spread over several files.
 
     Raises:
@@ -224,7 +226,7 @@ def save_params(
                 pass
         return
     with published(dst, sum(tensor.nbytes for tensor in tensors)) as folder:
-        fill_folder(folder, config, tensors, pieces, source, max_shard_bytes)
+        fill_folder(folder, config, tensors, pieces, source, max_shard_bytes, eos_ids)
 
 
 def _pairs(params: Params, config: ModelConfig) -> list[tuple[ParamInfo, jax.Array]]:
@@ -290,6 +292,7 @@ def fill_folder(
     pieces: Callable[[Tensor], Iterator[np.ndarray]],
     source: Path | None,
     max_shard_bytes: float,
+    eos_ids: Sequence[int] = (),
 ) -> None:
     """Writes all that makes an empty folder a Hugging Face checkpoint.
 
@@ -300,6 +303,7 @@ def fill_folder(
         pieces: gives a tensor's data, as for `safetensors_folder.write`.
         source: as for `save_params`.
         max_shard_bytes: beyond it, weights are spread over several files.
+        eos_ids: as for `save_params`.
     """
     settings: Mapping[str, Any] = {}
     if source is not None and source.is_file():
@@ -313,9 +317,12 @@ def fill_folder(
             settings = read_json(source / "config.json")
     written = checkpoint_config.to_hf(config, tensors[0].dtype.name, settings)
     write_json(folder / "config.json", written)
-    if not (folder / "generation_config.json").exists() and "eos_token_id" in settings:
-        eos = {"eos_token_id": settings["eos_token_id"]}
-        write_json(folder / "generation_config.json", eos)
+    generation = folder / "generation_config.json"
+    if eos_ids:
+        kept = read_json(generation) if generation.exists() else {}
+        write_json(generation, kept | {"eos_token_id": list(eos_ids)})
+    elif not generation.exists() and "eos_token_id" in settings:
+        write_json(generation, {"eos_token_id": settings["eos_token_id"]})
     safetensors_folder.write(folder, tensors, pieces, max_shard_bytes)
 
 

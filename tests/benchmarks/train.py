@@ -89,7 +89,8 @@ def ours(case: str) -> None:
     harness.report(tokens_per_s=sum(map(len, sequences(case))) / took)
 
 
-def peer(case: str) -> None:
+def peer_model():
+    """transformers' model of this shape, and torch's AdamW on it."""
     import torch
     import transformers
 
@@ -106,7 +107,13 @@ def peer(case: str) -> None:
         use_cache=False,
     )
     model = transformers.Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+
+
+def peer(case: str) -> None:
+    import torch
+
+    model, optimizer = peer_model()
     completion = int(max(lengths(case)))
     tokens = torch.zeros(len(lengths(case)), PROMPT_TOKENS + completion, dtype=torch.long)
     mask = torch.zeros(len(lengths(case)), completion)
