@@ -67,7 +67,8 @@ def folder(shared, tmp_path):
 def one_device(monkeypatch):
     """Of the eight, for which everything would be compiled."""
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda n: make_mesh(n, jax.devices()[:1]))
+    one = jax.devices()[:1]
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes, devices=one: make_mesh(sizes, devices))
 
 
 @pytest.fixture
