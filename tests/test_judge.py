@@ -30,7 +30,7 @@ def test_a_judge_that_answers_garbage_leaves_every_completion_unscored(model):
 
 
 def test_answers_reach_their_own_item(model, monkeypatch):
-    def answers(path, config, tokens, requests, max_tokens):
+    def answers(path, config, tokens, requests):
         yield from ((r.prompt, ANSWER) for r in reversed(requests) if r.prompt != 1)
         yield 1, "no JSON"
 
@@ -47,7 +47,7 @@ def test_answers_reach_their_own_item(model, monkeypatch):
 
 def test_command_combines_the_judge_with_other_verifiers(model, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        judge_module, "_answers", lambda path, config, tokens, requests, max_tokens:
+        judge_module, "_answers", lambda path, config, tokens, requests:
         ((r.prompt, ANSWER) for r in requests),
     )  # fmt: skip
     record = {"prompt": "1+1=", "ground_truth": 2, "verifier": ["math", "rubric"]}
