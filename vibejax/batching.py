@@ -124,7 +124,8 @@ class Places:
     def _keep(self, ready: list[Running], before: list[Running | None]) -> list[Running | None]:
         stay = set(ready)
         now = [s if s in stay else None for s in before]
-        new = iter([s for s in ready if s not in set(now)])
+        placed = set(now)
+        new = iter([s for s in ready if s not in placed])
         return [s or next(new, None) for s in now]
 
     def _sort(self, ready: list[Running], before: list[Running | None]) -> list[Running | None]:

@@ -91,6 +91,7 @@ class Drawn(NamedTuple):
     why_B: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("config", "count", "page_tokens", "dtype"))
 def empty_pools(config: ModelConfig, count: int, page_tokens: int, dtype) -> Pools:
     """Pages of zeros for every layer, on the mesh in force.
 
@@ -100,13 +101,13 @@ def empty_pools(config: ModelConfig, count: int, page_tokens: int, dtype) -> Poo
         page_tokens: tokens of a page.
         dtype: of keys and values.
     """
-    create = functools.partial(
-        pages.empty, count, config.kv_heads, page_tokens, config.head_dim, dtype
+    create = lambda: pages.empty(  # noqa: E731
+        count, config.kv_heads, page_tokens, config.head_dim, dtype
     )
-    place = [jax.tree.map(lambda _: attention.POOL, jax.eval_shape(create))] * config.layers
-    return jax.jit(lambda: [create() for _ in range(config.layers)], out_shardings=place)()
+    return [_placed(create()) for _ in range(config.layers)]
 
 
+@functools.partial(jax.jit, static_argnames=("config", "rows", "tokens", "dtype"))
 def empty_copies(config: ModelConfig, rows: int, tokens: int, dtype) -> list[Copies]:
     """Copies for every layer, on the mesh in force.
 
@@ -116,11 +117,14 @@ def empty_copies(config: ModelConfig, rows: int, tokens: int, dtype) -> list[Cop
         tokens: that each has room for.
         dtype: of the computation.
     """
-    create = functools.partial(
-        row_copies.empty, rows, tokens, config.kv_heads, config.head_dim, dtype
+    create = lambda: row_copies.empty(  # noqa: E731
+        rows, tokens, config.kv_heads, config.head_dim, dtype
     )
-    place = [jax.tree.map(lambda _: attention.POOL, jax.eval_shape(create))] * config.layers
-    return jax.jit(lambda: [create() for _ in range(config.layers)], out_shardings=place)()
+    return [_placed(create()) for _ in range(config.layers)]
+
+
+def _placed(arrays):
+    return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), arrays)
 
 
 @functools.partial(

@@ -242,6 +242,8 @@ class Scheduler:
         self._fills: list[Fill] = []
         self._closing: list[Fill] = []  # of groups whose samples have all started
         self._admitted = 0
+        # Pages kept for what runs: else what enters now would soon be put back.
+        self._reserve = 0
 
     def check(self, job: Job) -> None:
         """Whether one sequence of the job fits the pool on its own.
@@ -275,6 +277,7 @@ class Scheduler:
         """
         self._close()
         put_back = self._make_room()
+        self._reserve = sum(self._missing(s, HEADROOM) for s in self.running.values())
         started: list[Running] = []
         while self._free_slots and len(self.running) < (self.slots if most is None else most):
             sequence = self._next()
@@ -284,6 +287,7 @@ class Scheduler:
             sequence.order = self._admitted
             self._admitted += 1
             self.running[sequence.slot] = sequence
+            self._reserve += self._missing(sequence, HEADROOM)
             started.append(sequence)
         running = dict(sorted(self.running.items()))
         return Plan([f for f in self._fills if not f.complete], started, put_back, running)
@@ -354,7 +358,7 @@ class Scheduler:
         if group.fill is None and group.job.samples - group.next_sample > 1:
             first_window = min(self.window, group.job.max_tokens)
             needed = self._pages_of(group.job.prompt_tokens + first_window) + 1
-            if needed + self._reserve() <= self.pool.free:
+            if needed + self._reserve <= self.pool.free:
                 tokens = group.job.prompt_tokens - 1
                 pages = self.pool.take(self._pages_of(tokens))
                 group.fill = Fill(group.job, None, tokens, pages)
@@ -387,7 +391,7 @@ class Scheduler:
         """Pages for the sequence's next window, the prompt's among them; False if too few."""
         shared = prompt.pages[: prompt.tokens // self.page_tokens] if prompt else []
         missing = self._needed(sequence) - len(shared)
-        if missing + self._reserve() > self.pool.free:
+        if missing + self._reserve > self.pool.free:
             return False
         self.pool.share(shared)
         sequence.pages, sequence.shared = [*shared, *self.pool.take(missing)], len(shared)
@@ -411,10 +415,6 @@ class Scheduler:
         heapq.heappush(self._free_slots, sequence.slot)
         del self.running[sequence.slot]
         sequence.pages, sequence.shared, sequence.fill, sequence.slot = [], 0, None, -1
-
-    def _reserve(self) -> int:
-        """Pages kept for what runs: else what enters now would soon be put back."""
-        return sum(self._missing(sequence, HEADROOM) for sequence in self.running.values())
 
     def _needed(self, sequence: Running, windows: int = 1) -> int:
         left = sequence.job.max_tokens - sequence.sampled
