@@ -8,8 +8,9 @@ import pytest
 import tiny
 
 from vibejax import batching, decode, qwen2
+from vibejax.completions import EngineConfig, EngineError, Request
 from vibejax.decode import Sampling
-from vibejax.engine import Engine, EngineConfig, EngineError, Request, engine_mesh
+from vibejax.engine import Engine, engine_mesh
 from vibejax.rope import Rope
 
 MODEL = tiny.model_config()

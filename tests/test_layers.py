@@ -22,7 +22,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"weights", "train", "data"},
     {"checkpoint", "sampling", "scheduler", "memory_plan"},
     {"decode"},
-    {"batching"},
+    {"batching", "completions"},
     {"engine"},
     {"rollout", "scoring", "report"},
     # The stages: each a command, none built on another.

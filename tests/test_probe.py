@@ -10,9 +10,9 @@ import tiny
 from hf_folder import SETTINGS, make_tensors, write_folder
 
 from vibejax import arithmetic, probe, run_folder, sharding
+from vibejax.completions import Completion
 from vibejax.config import ProbeConfig
 from vibejax.config_file import ConfigError, InputError, load
-from vibejax.engine import Completion
 from vibejax.rollout import Rollout
 from vibejax.verifiers import Outcome, Verdict
 

@@ -76,6 +76,26 @@ def group_of(rows: int) -> int:
     return next(group for group in (8, 4, 2, 1) if rows % group == 0)
 
 
+class Tables:
+    """The pages of what is in each slot; a row is written where a sequence enters or grows."""
+
+    def __init__(self, parts: int, slots: int, entries: int):
+        """Of `entries` pages each."""
+        self.page_PSM = np.zeros((parts, slots, entries), np.int32)
+        self._written_PS = np.zeros((parts, slots), int)
+
+    def write(self, plans: Sequence[Plan]) -> None:
+        """Takes in the pages of a plan."""
+        for part, plan in enumerate(plans):
+            for sequence in plan.started:
+                self._written_PS[part, sequence.slot] = 0
+            for slot, sequence in plan.running.items():
+                written, total = self._written_PS[part, slot], len(sequence.pages)
+                if written < total:
+                    self.page_PSM[part, slot, written:total] = sequence.pages[written:]
+                    self._written_PS[part, slot] = total
+
+
 class Places:
     """Which sequence decodes in which row of each device.
 

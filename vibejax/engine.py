@@ -17,105 +17,32 @@ Several devices: each has slots and pages of its own, and all take requests from
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import jax
 import numpy as np
 
 from vibejax import attention, batching, decode, memory_plan, sharding
-from vibejax.attention import Implementation
 from vibejax.batching import Draft
-from vibejax.config_file import InputError
+from vibejax.completions import (
+    Completion,
+    EngineConfig,
+    EngineError,
+    Request,
+    Stop,
+    check_config,
+    check_request,
+    check_sampling,
+)
 from vibejax.decode import Drawn, Sampling
 from vibejax.memory_plan import MemoryPlan
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.scheduler import Fill, Job, PoolTooSmallError, Queue, Running, Scheduler
 
-Stop = Literal["stop", "length", "loop", "not_finite"]
 STOPS: dict[int, Stop] = {
     decode.STOP: "stop",
     decode.LENGTH: "length",
     decode.NOT_FINITE: "not_finite",
 }
-
-
-class EngineError(InputError):
-    """A request or a setting that cannot be used."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Sizes of an engine.
-
-    Attributes:
-        model: what decodes.
-        slots: sequences that decode at one time, over all devices.
-        context: tokens of the longest sequence, prompt and completion; 0: the model's.
-        window: decode steps of one call.
-        page_tokens: tokens of a page.
-        pool_tokens: that the pages of all devices hold; 0: `context` for every slot, or what the
-            memory has room for.
-        chunk_tokens: of a sequence that are computed between two windows.
-        kv_dtype: of keys and values in pages; "compute" is that of the parameters.
-        tensor: devices that share heads and feed-forward width.
-        attention: over pages, see `vibejax.attention`; `auto` decodes from copies of them
-            (`kernels.row_copies`) where there is no kernel.
-        memory_bytes: of one device, for all that the engine holds; 0: what it has.
-    """
-
-    model: ModelConfig
-    slots: int = 32
-    context: int = 0
-    window: int = 16
-    page_tokens: int = 64
-    pool_tokens: int = 0
-    chunk_tokens: int = 512
-    kv_dtype: Literal["compute", "int8"] = "compute"
-    tensor: int = 1
-    attention: Implementation = "auto"
-    memory_bytes: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt to be completed.
-
-    Attributes:
-        prompt: its identity among all prompts, for the random draws.
-        tokens: of the prompt, at least one.
-        max_tokens: longest completion, stop token included.
-        samples: how many completions.
-    """
-
-    prompt: int
-    tokens: tuple[int, ...]
-    max_tokens: int
-    samples: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One sampled completion.
-
-    Attributes:
-        request: index of its request among those given.
-        sample: which of the request's completions.
-        tokens: [C] int32, the stop token included.
-        logprobs: [C] float32, nats, of the distribution sampled from.
-        stop: "stop" at a stop token, "length" at the limit, "loop" where it repeats itself,
-            "not_finite" where the logits of the next token are not numbers.
-    """
-
-    request: int
-    sample: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    stop: Stop
-
-    @property
-    def text_ids(self) -> list[int]:
-        """The tokens that are text: all but the stop token."""
-        return self.tokens[: -1 if self.stop == "stop" else None].tolist()
 
 
 @dataclasses.dataclass
@@ -161,7 +88,7 @@ class Engine:
         self.mesh = engine_mesh(config.model, config.tensor, devices)
         self.context = config.context or config.model.context
         self._parts = sharding.ways(self.mesh, "batch")
-        _check_config(config, self._parts)
+        check_config(config, self._parts)
         self._entries = -(-self.context // config.page_tokens)
         with jax.set_mesh(self.mesh):
             self._has_copies = config.attention == "auto" and not attention.has_kernels()
@@ -209,7 +136,7 @@ class Engine:
         """
         if self._closed or self.params is None:
             raise EngineError(f"the engine {'is closed' if self._closed else 'has no parameters'}")
-        _check_sampling(how, self.config.model)
+        check_sampling(how, self.config.model)
         queue = Queue()
         parts = [
             Scheduler(
@@ -220,7 +147,7 @@ class Engine:
         ]  # fmt: skip
         jobs = []
         for n, request in enumerate(requests):
-            _check_request(request, self.context, self.config.model)
+            check_request(request, self.context, self.config.model)
             job = Job(
                 n, len(request.tokens), request.samples, request.max_tokens,
                 self._expected(request.prompt),
@@ -237,7 +164,7 @@ class Engine:
 
     def _run(self, requests, queue, parts, how, seed, step, run) -> Iterator[Completion]:
         drafts: dict[Running, Draft] = {}
-        tables = _Tables(self._parts, parts[0].slots, self._entries)
+        tables = batching.Tables(self._parts, parts[0].slots, self._entries)
         places = batching.Places(self._parts, parts[0].slots, keeps=self._has_copies)
         self._copies, self._copies_shape = None, None
         ended: list[Completion] = []
@@ -385,24 +312,6 @@ class Engine:
             )
 
 
-class _Tables:
-    """The pages of what is in each slot; a row is written where a sequence enters or grows."""
-
-    def __init__(self, parts: int, slots: int, entries: int):
-        self.page_PSM = np.zeros((parts, slots, entries), np.int32)
-        self._written_PS = np.zeros((parts, slots), int)
-
-    def write(self, plans) -> None:
-        for part, plan in enumerate(plans):
-            for sequence in plan.started:
-                self._written_PS[part, sequence.slot] = 0
-            for slot, sequence in plan.running.items():
-                written, total = self._written_PS[part, slot], len(sequence.pages)
-                if written < total:
-                    self.page_PSM[part, slot, written:total] = sequence.pages[written:]
-                    self._written_PS[part, slot] = total
-
-
 def _draft(request: Request) -> Draft:
     return Draft(
         prompt=request.prompt,
@@ -438,50 +347,6 @@ def _kv_dtype(engine: Engine):
     if engine.config.kv_dtype == "int8":
         return np.dtype(np.int8)
     return engine._dtype
-
-
-def _check_config(config: EngineConfig, parts: int) -> None:
-    for name in ("slots", "window", "page_tokens", "chunk_tokens", "tensor"):
-        if getattr(config, name) < 1:
-            raise EngineError(f"{name} {getattr(config, name)}: must be at least 1")
-    if config.slots % parts:
-        raise EngineError(f"slots {config.slots}: must be a multiple of the {parts} devices")
-    s = config.page_tokens
-    if config.kv_dtype == "int8" and not (s in (1, 2, 4, 8, 16, 32, 64) or s % 128 == 0):
-        raise EngineError(
-            f"page_tokens {s}: int8 pages must have a power of two at most 64, or a multiple of 128"
-        )
-
-
-def _check_sampling(how: Sampling, model: ModelConfig) -> None:
-    for name, holds, rule in (
-        ("temperature", how.temperature >= 0, "at least 0"),
-        ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
-        ("top_k", how.top_k >= 0, "at least 0"),
-        ("min_tokens", how.min_tokens >= 0, "at least 0"),
-        ("loop_tokens", how.loop_tokens >= 0, "at least 0"),
-        ("eos_ids", all(0 <= i < model.vocab for i in how.eos_ids), f"in [0, {model.vocab})"),
-    ):
-        if not holds:
-            raise EngineError(f"{name} {getattr(how, name)}: must be {rule}")
-
-
-def _check_request(request: Request, context: int, model: ModelConfig) -> None:
-    name, length = f"prompt {request.prompt}", len(request.tokens)
-    if not length:
-        raise EngineError(f"{name}: has no tokens")
-    if request.max_tokens < 1 or request.samples < 1:
-        raise EngineError(
-            f"{name}: max_tokens {request.max_tokens} and samples {request.samples} must be at "
-            "least 1"
-        )
-    if length + request.max_tokens > context:
-        raise EngineError(
-            f"{name}: {length} tokens and {request.max_tokens} more are above the context of "
-            f"{context}"
-        )
-    if min(request.tokens) < 0 or max(request.tokens) >= model.vocab:
-        raise EngineError(f"{name}: has tokens outside of the vocabulary of {model.vocab}")
 
 
 def _plan_memory(engine: Engine) -> MemoryPlan:

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from vibejax import data, qwen2, tokenizer, weights
+from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.decode import Sampling
-from vibejax.engine import Completion, Engine, EngineConfig, Request, engine_mesh
+from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
 
 RECORDS_AT_ONCE = 256

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from vibejax import qwen2, tokenizer, weights
+from vibejax.completions import EngineConfig, Request
 from vibejax.config_file import errors_in_one_line
 from vibejax.decode import Sampling
-from vibejax.engine import Engine, EngineConfig, Request, engine_mesh
+from vibejax.engine import Engine, engine_mesh
 from vibejax.verifiers import Verdict, rubric
 from vibejax.verifiers import __main__ as verifiers_command
 

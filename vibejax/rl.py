@@ -31,11 +31,12 @@ from vibejax import (
     weights,
 )
 from vibejax.checkpoint import Checkpoints
+from vibejax.completions import Request
 from vibejax.config import RlConfig, TrainConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
-from vibejax.engine import Engine, Request
+from vibejax.engine import Engine
 from vibejax.locations import resolve
 from vibejax.losses import importance, mgpo
 from vibejax.metrics import Metrics

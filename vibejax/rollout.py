@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config import ObjectiveConfig, SamplerConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
-from vibejax.engine import Completion, Counts, Engine, EngineConfig, Request
+from vibejax.engine import Counts, Engine
 from vibejax.losses import long2short, mgpo
 from vibejax.packing import Document
 from vibejax.qwen2 import ModelConfig

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vibejax import arithmetic, data, qwen2, sharding, tokenizer, train, weights
+from vibejax.completions import EngineConfig, Request
 from vibejax.config import TrainConfig
 from vibejax.decode import Sampling
-from vibejax.engine import Engine, EngineConfig, Request
+from vibejax.engine import Engine
 from vibejax.losses import importance
 from vibejax.packing import Document
 

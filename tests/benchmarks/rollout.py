@@ -51,8 +51,9 @@ def sampler():
 
 def ours(case: str) -> None:
     """The longest expected first, from an earlier round of the same prompts."""
+    from vibejax.completions import EngineConfig, Request
     from vibejax.decode import Sampling
-    from vibejax.engine import Engine, EngineConfig, Request
+    from vibejax.engine import Engine
 
     model, params = sampler()
     prompts, lengths = workload(case)

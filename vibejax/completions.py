@@ -1,0 +1,154 @@
+"""What an engine is asked, what it gives, and what it must not be asked.
+
+Shape suffixes: C tokens of a completion.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from vibejax.attention import Implementation
+from vibejax.config_file import InputError
+from vibejax.decode import Sampling
+from vibejax.qwen2 import ModelConfig
+
+Stop = Literal["stop", "length", "loop", "not_finite"]
+
+
+class EngineError(InputError):
+    """A request or a setting that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+        model: what decodes.
+        slots: sequences that decode at one time, over all devices.
+        context: tokens of the longest sequence, prompt and completion; 0: the model's.
+        window: decode steps of one call.
+        page_tokens: tokens of a page.
+        pool_tokens: that the pages of all devices hold; 0: `context` for every slot, or what the
+            memory has room for.
+        chunk_tokens: of a sequence that are computed between two windows.
+        kv_dtype: of keys and values in pages; "compute" is that of the parameters.
+        tensor: devices that share heads and feed-forward width.
+        attention: over pages, see `vibejax.attention`; `auto` decodes from copies of them
+            (`kernels.row_copies`) where there is no kernel.
+        memory_bytes: of one device, for all that the engine holds; 0: what it has.
+    """
+
+    model: ModelConfig
+    slots: int = 32
+    context: int = 0
+    window: int = 16
+    page_tokens: int = 64
+    pool_tokens: int = 0
+    chunk_tokens: int = 512
+    kv_dtype: Literal["compute", "int8"] = "compute"
+    tensor: int = 1
+    attention: Implementation = "auto"
+    memory_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt to be completed.
+
+    Attributes:
+        prompt: its identity among all prompts, for the random draws.
+        tokens: of the prompt, at least one.
+        max_tokens: longest completion, stop token included.
+        samples: how many completions.
+    """
+
+    prompt: int
+    tokens: tuple[int, ...]
+    max_tokens: int
+    samples: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        request: index of its request among those given.
+        sample: which of the request's completions.
+        tokens: [C] int32, the stop token included.
+        logprobs: [C] float32, nats, of the distribution sampled from.
+        stop: "stop" at a stop token, "length" at the limit, "loop" where it repeats itself,
+            "not_finite" where the logits of the next token are not numbers.
+    """
+
+    request: int
+    sample: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stop: Stop
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens that are text: all but the stop token."""
+        return self.tokens[: -1 if self.stop == "stop" else None].tolist()
+
+
+def check_config(config: EngineConfig, parts: int) -> None:
+    """Whether an engine of `parts` devices, each with slots of its own, can be made.
+
+    Raises:
+        EngineError: a size cannot be used.
+    """
+    for name in ("slots", "window", "page_tokens", "chunk_tokens", "tensor"):
+        if getattr(config, name) < 1:
+            raise EngineError(f"{name} {getattr(config, name)}: must be at least 1")
+    if config.slots % parts:
+        raise EngineError(f"slots {config.slots}: must be a multiple of the {parts} devices")
+    s = config.page_tokens
+    if config.kv_dtype == "int8" and not (s in (1, 2, 4, 8, 16, 32, 64) or s % 128 == 0):
+        raise EngineError(
+            f"page_tokens {s}: int8 pages must have a power of two at most 64, or a multiple of 128"
+        )
+
+
+def check_sampling(how: Sampling, model: ModelConfig) -> None:
+    """Whether tokens can be drawn so.
+
+    Raises:
+        EngineError: a value is out of range.
+    """
+    for name, holds, rule in (
+        ("temperature", how.temperature >= 0, "at least 0"),
+        ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
+        ("top_k", how.top_k >= 0, "at least 0"),
+        ("min_tokens", how.min_tokens >= 0, "at least 0"),
+        ("loop_tokens", how.loop_tokens >= 0, "at least 0"),
+        ("eos_ids", all(0 <= i < model.vocab for i in how.eos_ids), f"in [0, {model.vocab})"),
+    ):
+        if not holds:
+            raise EngineError(f"{name} {getattr(how, name)}: must be {rule}")
+
+
+def check_request(request: Request, context: int, model: ModelConfig) -> None:
+    """Whether a prompt can be completed within `context` tokens.
+
+    Raises:
+        EngineError: it cannot; the message names the prompt.
+    """
+    name, length = f"prompt {request.prompt}", len(request.tokens)
+    if not length:
+        raise EngineError(f"{name}: has no tokens")
+    if request.max_tokens < 1 or request.samples < 1:
+        raise EngineError(
+            f"{name}: max_tokens {request.max_tokens} and samples {request.samples} must be at "
+            "least 1"
+        )
+    if length + request.max_tokens > context:
+        raise EngineError(
+            f"{name}: {length} tokens and {request.max_tokens} more are above the context of "
+            f"{context}"
+        )
+    if min(request.tokens) < 0 or max(request.tokens) >= model.vocab:
+        raise EngineError(f"{name}: has tokens outside of the vocabulary of {model.vocab}")
