@@ -25,6 +25,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"batching", "completions"},
     {"engine"},
     {"rollout", "scoring", "report"},
+    {"policy"},
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},

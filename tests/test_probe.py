@@ -78,7 +78,7 @@ def sampled(monkeypatch):
 
     def sample_domains(subject, domains, config, mesh, pool):
         for domain in domains:
-            asked.append((subject.path.name, domain))
+            asked.append((subject.policy.path.name, domain))
             counts = CORRECT[asked[-1]]
             yield domain, scripted(subject.prompts[domain], counts, config.samples)
 

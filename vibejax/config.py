@@ -248,8 +248,8 @@ class RlConfig(Section):
         return self
 
 
-class ProbeRolloutConfig(SamplerConfig):
-    """How the completions of probing sets are sampled."""
+class EvaluationRolloutConfig(SamplerConfig):
+    """How completions are sampled where a policy is judged by them."""
 
     top_p: Share = _field(0.95, "probability mass kept by nucleus sampling; the report's: 0.95")
 
@@ -272,7 +272,7 @@ class ProbeConfig(Section):
     k: Count = _field(8, "a domain's specialist has the highest pass@k; at most `samples`")
     dtype: Dtype = _field("float32", "of the computation")
     mesh: MeshConfig = MeshConfig()
-    rollout: ProbeRolloutConfig = ProbeRolloutConfig()
+    rollout: EvaluationRolloutConfig = EvaluationRolloutConfig()
     verifiers: VerifiersConfig = VerifiersConfig()
 
     @pydantic.model_validator(mode="after")

@@ -20,52 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vibejax import (
-    data,
-    qwen2,
-    report,
-    rollout,
-    run_folder,
-    scoring,
-    sharding,
-    tokenizer,
-    weights,
-)
+from vibejax import policy, report, rollout, run_folder, scoring
 from vibejax.checkpoint_reader import checksums
 from vibejax.config import ProbeConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
-from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
-from vibejax.qwen2 import ModelConfig
+from vibejax.policy import Policy
 from vibejax.rollout import Rollout
 from vibejax.run_folder import Log, RunError
 from vibejax.safetensors_folder import write_json
-from vibejax.tokenizer import Tokenizer
 from vibejax.verifiers.pool import Pool, VerifierFailure
 
 DRAWS = 0  # the "step" of the engine's draws: the same for all checkpoints, so scores are paired
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Subject:
-    """A checkpoint to probe, and the probing sets in its tokens.
+    """A checkpoint to probe, and domain -> the prompts of its probing set in its tokens."""
 
-    Attributes:
-        name: as the user gave it.
-        path: where it lies.
-        model: its configuration.
-        tokenizer: its tokenizer.
-        prompts: domain -> the prompts of its probing set.
-    """
-
-    name: str
-    path: Path
-    model: ModelConfig
-    tokenizer: Tokenizer
+    policy: Policy
     prompts: Mapping[str, Sequence[Prompt]]
 
 
@@ -114,7 +90,7 @@ def run(config: ProbeConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
     subjects = [read_subject(config, name) for name in config.checkpoints]
-    mesh = _mesh(config, subjects)
+    mesh = policy.make_mesh(config.mesh, [subject.policy.model for subject in subjects])
     folder = run_folder.open_run(config, "probe", changeable=("checkpoints", "domains"))
     path = folder / "scores.jsonl"
     log = Log(path, len(run_folder.read_log(path)))
@@ -156,22 +132,14 @@ def read_subject(config: ProbeConfig, name: str) -> Subject:
         InputError: the checkpoint is missing, a completion would not fit its context, or a
             probing set cannot be used: a prompt is too long or has no ground truth.
     """
-    path = weights.locate(name)
-    model, tokens = weights.load_config(path), tokenizer.load(path)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
-    if longest > model.context:
-        raise RunError(
-            f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
-            f"the {model.context} positions of {name}"
-        )
-    prompts = {}
-    for domain, source in config.domains.items():
-        file = resolve(source)
-        prompts[domain] = data.read_prompts(
-            file, tokens, max_tokens=config.rollout.max_prompt_tokens
-        )
-        data.require_ground_truth(prompts[domain], file)
-    return Subject(name=name, path=path, model=model, tokenizer=tokens, prompts=prompts)
+    opened = policy.open_policy(name, config.rollout)
+    return Subject(
+        opened,
+        {
+            domain: policy.read_prompts(opened, source, config.rollout)
+            for domain, source in config.domains.items()
+        },
+    )
 
 
 def sample_domains(
@@ -188,29 +156,21 @@ def sample_domains(
     Yields:
         (domain, the verified completions of all its prompts).
     """
-    dtype, devices = jnp.dtype(config.dtype), mesh.local_devices
-    on = engine_mesh(subject.model, config.rollout.tensor, devices)
-    params = weights.load_params(subject.path, subject.model, mesh, dtype)
-    engine = Engine(
-        qwen2.sampler_params(params, subject.model, dtype, on),
-        rollout.engine_config(config.rollout, subject.model),
-        devices,
-    )
-    del params
+    engine = policy.load_engine(subject.policy, config.rollout, config.dtype, mesh)
     for domain in domains:
         rolled = rollout.sample(
             engine,
-            subject.tokenizer,
+            subject.policy.tokenizer,
             subject.prompts[domain],
             pool,
             samples=config.samples,
             max_tokens=config.rollout.max_completion_tokens,
-            how=rollout.draws(config.rollout, subject.tokenizer.eos_ids),
+            how=rollout.draws(config.rollout, subject.policy.tokenizer.eos_ids),
             seed=config.seed,
             step=DRAWS,
         )
         if not rolled.finite:
-            raise RunError(f"{subject.name}: the model's logits are not numbers on {domain}")
+            raise RunError(f"{subject.policy.name}: the model's logits are not numbers on {domain}")
         yield domain, rolled
 
 
@@ -266,10 +226,10 @@ def table(scores: Sequence[Score], best: Mapping[str, str], config: ProbeConfig)
 
 def _rows_of(subject: Subject, config: ProbeConfig, mesh, pool: Pool, log: Log) -> list[dict]:
     """A checkpoint's line of scores.jsonl for each domain, sampled where there is none."""
-    held = checksums(subject.path)
+    held = checksums(subject.policy.path)
     keys = {
         domain: {
-            "checkpoint": subject.name,
+            "checkpoint": subject.policy.name,
             "domain": domain,
             "weights_sha256": held,
             "prompts_sha256": hashlib.sha256(resolve(source).read_bytes()).hexdigest(),
@@ -294,19 +254,8 @@ def _rows_of(subject: Subject, config: ProbeConfig, mesh, pool: Pool, log: Log) 
         log.write(len(log.rows) + 1, row)
         rows[domain] = row
         seconds = time.perf_counter() - start
-        print(f"{subject.name}: {domain} scored after {seconds:.0f} s", file=sys.stderr)
+        print(f"{subject.policy.name}: {domain} scored after {seconds:.0f} s", file=sys.stderr)
     return [rows[domain] for domain in config.domains]
-
-
-def _mesh(config: ProbeConfig, subjects: Sequence[Subject]) -> jax.sharding.Mesh:
-    """The mesh, once all models are known to divide over it."""
-    try:
-        mesh = sharding.make_mesh(config.mesh.model_dump())
-        for subject in subjects:
-            qwen2.param_shardings(subject.model, mesh)
-    except ValueError as error:
-        raise RunError(f"mesh: {error}") from None
-    return mesh
 
 
 if __name__ == "__main__":

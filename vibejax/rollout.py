@@ -5,7 +5,7 @@ Shape suffixes: N prompts, G completions of a prompt.
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -101,20 +101,69 @@ def sample(
     seed: int,
     step: int,
 ) -> Rollout:
-    """Samples and verifies `samples` completions of each prompt, of at most `max_tokens` tokens.
+    """Samples and verifies `samples` completions of each prompt, of at most `max_tokens` tokens."""
+    completions: list[list[Completion]] = [[] for _ in prompts]
+    verdicts: list[list[Verdict]] = [[] for _ in prompts]
+    for n, group, judged in groups(
+        engine,
+        tokenizer,
+        prompts,
+        pool,
+        samples=samples,
+        max_tokens=max_tokens,
+        how=how,
+        seed=seed,
+        step=step,
+    ):
+        completions[n], verdicts[n] = group, judged
+    return Rollout(prompts, completions, verdicts)
 
-    Completions go to the verifiers as they finish, while others decode.
+
+def groups(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    pool: Pool,
+    *,
+    samples: int,
+    max_tokens: int,
+    how: Sampling,
+    seed: int,
+    step: int,
+) -> Iterator[tuple[int, list[Completion], list[Verdict]]]:
+    """The groups as they are done: (place of the prompt, its completions, their verdicts).
+
+    Completions go to the verifiers as they finish, while others decode; a text that a prompt got
+    before is not verified again.
     """
     completions: list[list[Completion]] = [[None] * samples for _ in prompts]  # type: ignore
+    texts: list[list[str]] = [[None] * samples for _ in prompts]  # type: ignore
+    judged: list[dict[str, Verdict | None]] = [{} for _ in prompts]  # None: not yet
+
+    def done(n: int) -> bool:
+        return all(judged[n].get(text) is not None for text in texts[n])
+
+    def group(n: int) -> tuple[int, list[Completion], list[Verdict]]:
+        return n, completions[n], [judged[n][text] for text in texts[n]]
+
+    def verified(*, wait: bool) -> Iterator[tuple[int, list[Completion], list[Verdict]]]:
+        for (n, text), verdict in pool.finished(wait=wait):
+            judged[n][text] = verdict
+            if done(n):
+                yield group(n)
+
     requests = [Request(p.index, p.tokens, max_tokens, samples) for p in prompts]
     for completion in engine.generate(requests, how, seed=seed, step=step):
         n, g = completion.request, completion.sample
         completions[n][g] = completion
-        pool.submit((n, g), prompts[n].record, tokenizer.decode(completion.text_ids))
-    verdicts: list[list[Verdict]] = [[None] * samples for _ in prompts]  # type: ignore
-    for (n, g), verdict in pool.finished():
-        verdicts[n][g] = verdict
-    return Rollout(prompts, completions, verdicts)
+        text = texts[n][g] = tokenizer.decode(completion.text_ids)
+        if text not in judged[n]:
+            judged[n][text] = None
+            pool.submit((n, text), prompts[n].record, text)
+        elif done(n):
+            yield group(n)
+        yield from verified(wait=False)
+    yield from verified(wait=True)
 
 
 def engine_metrics(counts: Counts) -> dict[str, float]:

@@ -1,0 +1,103 @@
+"""The shipped policy answers prompts, and what it answered is taken up again."""
+
+import json
+
+import jax
+import pytest
+
+from vibejax import policy, run_folder, sharding
+from vibejax.config import EvaluationRolloutConfig
+from vibejax.config_file import InputError
+from vibejax.verifiers import Outcome, Verdict
+
+NAME = "package:vibejax/quickstart/policy"
+CONFIG = EvaluationRolloutConfig(
+    max_prompt_tokens=16, max_completion_tokens=40, slots=8, window=8, page_tokens=16
+)
+SUMS = [
+    {"prompt": f"{a}+{b}=", "verifier": "math", "ground_truth": str(a + b)}
+    for a, b in ((123, 456), (700, 200), (111, 111))
+]
+
+
+class LengthPool:
+    """Calls right what has an even number of characters, and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked, self.waiting = [], []
+
+    def submit(self, key, record, completion):
+        self.asked.append((record["prompt"], completion))
+        right = len(completion) % 2 == 0
+        outcome = Outcome.CORRECT if right else Outcome.WRONG
+        self.waiting.append((key, Verdict(correct=right, reward=float(right), outcome=outcome)))
+
+    def finished(self, *, wait):
+        done = self.waiting if wait else self.waiting[1:]  # one is always behind
+        self.waiting = [] if wait else self.waiting[:1]
+        yield from done
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """The opened policy, its prompts and its engine."""
+    file = tmp_path_factory.mktemp("policy") / "sums.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in SUMS))
+    opened = policy.open_policy(NAME, CONFIG)
+    prompts = policy.read_prompts(opened, str(file), CONFIG)
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield opened, prompts, policy.load_engine(opened, CONFIG, "float32", mesh)
+
+
+def answers(asked, path, load=None, prompts=None):
+    opened, all_prompts, engine = asked
+    pool = LengthPool()
+    given = policy.answers(
+        opened, load or (lambda: engine), prompts or all_prompts, pool, CONFIG, path,
+        samples=8, seed=3,
+    )  # fmt: skip
+    return given, pool
+
+
+def test_every_completion_comes_with_the_verdict_of_its_own_text(asked, tmp_path):
+    given, pool = answers(asked, tmp_path / "a.jsonl")
+    assert [a.prompt.record for a in given] == SUMS
+    for answer in given:
+        assert len(answer.completions) == 8
+        for completion in answer.completions:
+            assert completion["correct"] == (len(completion["text"]) % 2 == 0)
+            stopped = completion["stop"] == "stop"
+            assert completion["length"] == len(completion["text"]) + stopped
+    texts = {(a.prompt.record["prompt"], c["text"]) for a in given for c in a.completions}
+    assert sorted(pool.asked) == sorted(texts)  # the same text is verified once
+
+
+def test_stored_groups_are_not_sampled_again_and_missing_ones_come_out_the_same(asked, tmp_path):
+    path = tmp_path / "a.jsonl"
+    whole, _ = answers(asked, path)
+
+    def never():
+        raise AssertionError("all groups are there")
+
+    again, pool = answers(asked, path, load=never)
+    assert again == whole and not pool.asked
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:-9])  # stopped amid a line
+    kept = run_folder.read_log(path)[0]["prompt"]
+    again, pool = answers(asked, path)
+    assert again == whole
+    assert SUMS[kept]["prompt"] not in {prompt for prompt, _ in pool.asked}
+
+
+def test_a_changed_record_is_answered_anew(asked, tmp_path):
+    _, prompts, _ = asked
+    answers(asked, tmp_path / "a.jsonl")
+    changed = [*prompts[:2], prompts[2].__class__(2, prompts[2].tokens, SUMS[2] | {"id": "new"})]
+    _, pool = answers(asked, tmp_path / "a.jsonl", prompts=changed)
+    assert {prompt for prompt, _ in pool.asked} == {SUMS[2]["prompt"]}
+
+
+def test_completions_that_cannot_fit_are_refused():
+    with pytest.raises(InputError, match="is more than the 512 positions of package:"):
+        policy.open_policy(NAME, CONFIG.model_copy(update={"max_completion_tokens": 600}))

@@ -1,0 +1,184 @@
+"""A checkpoint that completes prompts: what stages that sample but do not train have in common."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vibejax import data, qwen2, rollout, sharding, tokenizer, weights
+from vibejax.config import MeshConfig, SamplerConfig
+from vibejax.data import Prompt
+from vibejax.engine import Engine, engine_mesh
+from vibejax.locations import resolve
+from vibejax.qwen2 import ModelConfig
+from vibejax.run_folder import Log, RunError, read_log
+from vibejax.tokenizer import Tokenizer
+from vibejax.verifiers.pool import Pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What is known of a checkpoint before its weights are read.
+
+    Attributes:
+        name: as the user gave it.
+        path: where it lies.
+        model: its configuration.
+        tokenizer: its tokenizer.
+    """
+
+    name: str
+    path: Path
+    model: ModelConfig
+    tokenizer: Tokenizer
+
+
+class Answers(NamedTuple):
+    """A prompt and what a policy answered.
+
+    Attributes:
+        prompt: the prompt.
+        completions: as stored, see `answers`.
+    """
+
+    prompt: Prompt
+    completions: list[dict[str, Any]]
+
+
+def open_policy(name: str, config: SamplerConfig) -> Policy:
+    """Finds a checkpoint.
+
+    Raises:
+        InputError: it is missing, or a completion would not fit its context.
+    """
+    path = weights.locate(name)
+    model, tokens = weights.load_config(path), tokenizer.load(path)
+    longest = config.max_prompt_tokens + config.max_completion_tokens
+    if longest > model.context:
+        raise RunError(
+            f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
+            f"the {model.context} positions of {name}"
+        )
+    return Policy(name, path, model, tokens)
+
+
+def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Prompt]:
+    """The prompts of a file, which all can be verified.
+
+    Raises:
+        InputError: a prompt is too long or has no ground truth.
+    """
+    file = resolve(source)
+    prompts = data.read_prompts(file, policy.tokenizer, max_tokens=config.max_prompt_tokens)
+    data.require_ground_truth(prompts, file)
+    return prompts
+
+
+def make_mesh(config: MeshConfig, models: Sequence[ModelConfig]) -> jax.sharding.Mesh:
+    """The mesh, once all models are known to divide over it.
+
+    Raises:
+        RunError: one does not.
+    """
+    try:
+        mesh = sharding.make_mesh(config.model_dump())
+        for model in models:
+            qwen2.param_shardings(model, mesh)
+    except ValueError as error:
+        raise RunError(f"mesh: {error}") from None
+    return mesh
+
+
+def load_engine(
+    policy: Policy, config: SamplerConfig, dtype: str, mesh: jax.sharding.Mesh
+) -> Engine:
+    """An engine on this process's devices of `mesh`, with the checkpoint's weights."""
+    on = engine_mesh(policy.model, config.tensor, mesh.local_devices)
+    params = weights.load_params(policy.path, policy.model, mesh, jnp.dtype(dtype))
+    return Engine(
+        qwen2.sampler_params(params, policy.model, jnp.dtype(dtype), on),
+        rollout.engine_config(config, policy.model),
+        mesh.local_devices,
+    )
+
+
+def answers(
+    policy: Policy,
+    load: Callable[[], Engine],
+    prompts: Sequence[Prompt],
+    pool: Pool,
+    config: SamplerConfig,
+    path: Path,
+    *,
+    samples: int,
+    seed: int,
+) -> list[Answers]:
+    """Verified completions of all prompts, in their order, each group stored once it is verified.
+
+    A group is a function of (weights, seed, prompt), so what `path` holds of an earlier run is
+    taken from there, unless the record has changed since.
+
+    Args:
+        policy: the checkpoint.
+        load: makes its engine; called only where something is to be sampled.
+        prompts: as `read_prompts` returns them.
+        pool: the verifiers.
+        config: the distribution and the limits.
+        path: JSONL, a line a prompt: `prompt`, `record_sha256` and `completions`, each with its
+            `text`, `length` in tokens, `stop`, and its verdict.
+        samples: completions of each prompt.
+        seed: of sampling.
+
+    Raises:
+        RunError: the logits are not numbers.
+    """
+    log = Log(path, len(read_log(path)))
+    digests = [_digest(prompt.record) for prompt in prompts]
+    found = {(row["prompt"], row["record_sha256"]): row["completions"] for row in log.rows}
+    missing = [n for n, digest in enumerate(digests) if (n, digest) not in found]
+    if missing:
+        groups = rollout.groups(
+            load(),
+            policy.tokenizer,
+            [prompts[n] for n in missing],
+            pool,
+            samples=samples,
+            max_tokens=config.max_completion_tokens,
+            how=rollout.draws(config, policy.tokenizer.eos_ids),
+            seed=seed,
+            step=0,
+        )
+        for place, completions, verdicts in groups:
+            if any(c.stop == "not_finite" for c in completions):
+                raise RunError(f"{policy.name}: the model's logits are not numbers")
+            n = missing[place]
+            rows = [
+                {
+                    "text": policy.tokenizer.decode(c.text_ids),
+                    "length": len(c.tokens),
+                    "stop": c.stop,
+                    "correct": v.correct,
+                    "reward": v.reward,
+                    "outcome": v.outcome,
+                    "answer": v.answer,
+                }
+                for c, v in zip(completions, verdicts, strict=True)
+            ]
+            found[n, digests[n]] = rows
+            row = {"prompt": n, "record_sha256": digests[n], "completions": rows}
+            log.write(len(log.rows) + 1, row)
+    log.close()
+    return [
+        Answers(prompt, found[n, digest])
+        for n, (prompt, digest) in enumerate(zip(prompts, digests, strict=True))
+    ]
+
+
+def _digest(record: data.Record) -> str:
+    text = json.dumps(record, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
