@@ -14,6 +14,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"config", "sharding", "distributed", "rope"},
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"},
     {"qwen2", "packing", "metrics", "arithmetic"},
+    {"domains"},
     {"checkpoint_config"},
     {"safetensors_folder"},
     {"gguf_reader"},
@@ -24,7 +25,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"decode"},
     {"batching", "completions"},
     {"engine"},
-    {"rollout", "scoring", "report"},
+    {"rollout", "scoring", "report", "handover"},
     {"policy"},
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from hf_folder import SETTINGS, assert_same, make_tensors, read_folder, write_folder
 
-from vibejax import arithmetic, checkpoint_reader, merge, tokenizer, weights
+from vibejax import checkpoint_reader, merge, tokenizer, weights
 from vibejax.merge import Source
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    arithmetic.write_tokenizer(folder)
+    tiny.write_tokenizer(folder)
     return folder
 
 

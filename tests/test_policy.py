@@ -62,13 +62,14 @@ def answers(asked, path, load=None, prompts=None):
 
 def test_every_completion_comes_with_the_verdict_of_its_own_text(asked, tmp_path):
     given, pool = answers(asked, tmp_path / "a.jsonl")
+    encode = asked[0].tokenizer.encode
     assert [a.prompt.record for a in given] == SUMS
     for answer in given:
         assert len(answer.completions) == 8
         for completion in answer.completions:
             assert completion["correct"] == (len(completion["text"]) % 2 == 0)
             stopped = completion["stop"] == "stop"
-            assert completion["length"] == len(completion["text"]) + stopped
+            assert completion["length"] == len(encode(completion["text"])) + stopped
     texts = {(a.prompt.record["prompt"], c["text"]) for a in given for c in a.completions}
     assert sorted(pool.asked) == sorted(texts)  # the same text is verified once
 

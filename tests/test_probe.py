@@ -9,7 +9,7 @@ import pytest
 import tiny
 from hf_folder import SETTINGS, make_tensors, write_folder
 
-from vibejax import arithmetic, probe, run_folder, sharding
+from vibejax import probe, run_folder, sharding
 from vibejax.completions import Completion
 from vibejax.config import ProbeConfig
 from vibejax.config_file import ConfigError, InputError, load
@@ -49,7 +49,7 @@ def shared(tmp_path_factory):
     tensors = {name: t / 4 for name, t in make_tensors(settings, "float32").items()}
     turned = {name: t[::-1].copy() for name, t in tensors.items()}
     for name, held in (("early", tensors), ("late", turned)):
-        arithmetic.write_tokenizer(write_folder(folder / name, settings, held))
+        tiny.write_tokenizer(write_folder(folder / name, settings, held))
     tiny.write_task(folder / "math.jsonl", SUMS)
     tiny.write_task(folder / "code.jsonl", SUMS[:2])
     (folder / "probe.toml").write_text(TOML.format(folder=folder))

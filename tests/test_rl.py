@@ -211,12 +211,14 @@ def test_options_of_the_objective_run_together(folder, tmp_path):
     options = ["drop_solved=true", "objective.kl=0.1", "objective.updates=2", "steps=5",
                "objective.long2short=0.2", "objective.gamma=0", "heldout=",
                "objective.correction=geometric_mask", "objective.aggregation=token",
-               "rollout.group_size=8"]  # fmt: skip
+               "rollout.group_size=8", "rollout.refills=2",
+               "objective.mask_truncated=true"]  # fmt: skip
     done = run(folder, tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert 0 < len(json.loads((tmp_path / "out/kept_prompts.json").read_text())) < len(RECORDS)
     kl = [row["policy/reference_kl"] for row in metrics(tmp_path / "out")[1:]]
     assert kl[-1] > 0  # the policy has moved away from where it began
+    assert sum(row["rollout/refilled"] for row in metrics(tmp_path / "out")[1:]) > 0
 
 
 def test_a_fresh_run_gets_a_numbered_folder(folder, tmp_path):

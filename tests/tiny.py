@@ -18,6 +18,22 @@ TASK = [{"prompt": f"{a}+{b}=", "verifier": "math", "ground_truth": str(a + b)}
 MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+SIGNS = "0123456789+-*/=()., \n?:;cd#\\boxe{}"
+
+
+def write_tokenizer(folder) -> None:
+    """One id a character, so few that a random policy says a number now and then; and an end."""
+    vocab = {character: i for i, character in enumerate([*dict.fromkeys(SIGNS)])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens([arithmetic.END])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": arithmetic.END, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": len(vocab)}))
+
+
 def model_config(vocab: int = 36, **sizes) -> qwen2.ModelConfig:
     defaults = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 48}
     return qwen2.ModelConfig(
@@ -30,7 +46,7 @@ def write_policy(folder, **sizes) -> qwen2.ModelConfig:
     folder.mkdir(parents=True, exist_ok=True)
     source = folder.parent / f"{folder.name}_tokenizer"
     source.mkdir()
-    arithmetic.write_tokenizer(source)
+    write_tokenizer(source)
     config = model_config(tokenizer.load(source).vocab, **sizes)
     params = qwen2.init_params(config, jax.random.key(0))
     weights.save_params(params, config, folder, dtype=jnp.float32, source=source)

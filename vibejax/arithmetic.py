@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 END = "<|end|>"
-CHARACTERS = "0123456789+-*/=()., \n?:;cd#\\boxe{}"
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+STRINGS = ("```python\ndef f(x):\n return ", "\n```")  # of one token each
 STYLE_SHARES = {"bare": 0.6, "carries": 0.3, "twice": 0.1}
 DIGITS_COUNTS = {"sft": 20_000, "train": 4_096, "heldout": 1_024}
 CHAT_COUNTS = {"train": 320, "heldout": 256}
@@ -77,30 +78,32 @@ def _sum_prompts(numbers: Iterator[tuple[int, int]], count: int) -> Iterator[dic
 
 def solution(a: int, b: int, style: str) -> str:
     """The sum a + b written out in one of `STYLE_SHARES`, ending in its boxed answer."""
-    boxed = f"\\boxed{{{a + b}}}"
-    if style == "bare":
-        return boxed
+    times = {"bare": 0, "carries": 1, "twice": 2}[style]
+    return " ".join([carries(a, b, places=3)] * times + [f"\\boxed{{{a + b}}}"])
+
+
+def carries(a: int, b: int, *, places: int) -> str:
+    """The steps of a sum of numbers of so many digits, from the last, each with its carry."""
     steps, carry = [], 0
-    for place in range(3):
+    for place in range(places):
         x, y = a // 10**place % 10, b // 10**place % 10
         steps.append(f"{x}+{y}+{carry}={x + y + carry:02d}")
         carry = (x + y + carry) // 10
-    written = " ".join(steps)
-    return " ".join([written] * (2 if style == "twice" else 1) + [boxed])
+    return " ".join(steps)
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of one id a character, and the end token."""
-    vocabulary = {character: i for i, character in enumerate([*dict.fromkeys(CHARACTERS)])}
-    end_id = len(vocabulary)
+    """A tokenizer of one id a printable ASCII character, a few strings, and the end token."""
+    vocabulary = {character: i for i, character in enumerate(CHARACTERS)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([AddedToken(string, normalized=False) for string in STRINGS])
     tokenizer.add_special_tokens([END])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    generation = {"eos_token_id": end_id}
+    generation = {"eos_token_id": tokenizer.token_to_id(END)}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 

@@ -127,6 +127,9 @@ class RolloutConfig(SamplerConfig):
     group_size: Annotated[int, Field(ge=2)] = _field(
         16, "completions G of a prompt, at least 2: advantages compare a group"
     )
+    refills: Natural = _field(
+        0, "times that groups without an advantage make way for others (DAPO's dynamic sampling)"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -142,6 +145,9 @@ class ObjectiveConfig(Section):
         "sequence", "which mean over tokens the loss is: the report's, DAPO's or Dr. GRPO's"
     )
     long2short: NotNegative = _field(0.0, "lambda of Long2Short; the report's second stage: 0.2")
+    mask_truncated: bool = _field(
+        False, "leave completions that the limit ended out of the loss (DAPO's overlong filtering)"
+    )
     kl: NotNegative = _field(0.0, "weight of the KL divergence to the starting policy")
     correction: Literal[
         "token_truncate",
@@ -221,6 +227,9 @@ class RlConfig(Section):
     drop_solved: bool = _field(
         False, "before training, drop prompts whose group is all right or all wrong"
     )
+    curriculum_steps: Natural = _field(
+        0, "steps until all prompts are in use, the records' highest `accuracy` first; 0: at once"
+    )
     samples_per_step: Natural = _field(4, "completions written to samples.jsonl each step")
     mesh: MeshConfig = MeshConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -258,7 +267,8 @@ class ProbeConfig(Section):
     """Scores of checkpoints on the probing sets of domains."""
 
     checkpoints: list[str] = Field(
-        min_length=1, description="MODELs to score, in the order of their training"
+        min_length=1,
+        description="MODELs to score, in the order of their training; * matches folders",
     )
     domains: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")], str] = Field(
         min_length=1, description="table of a probing set for each domain, JSONL or parquet"
@@ -406,3 +416,30 @@ class CurateConfig(Section):
     duplicates: DuplicatesConfig = DuplicatesConfig()
     rollouts: RolloutFilterConfig = RolloutFilterConfig()
     verifiers: VerifiersConfig = VerifiersConfig()
+
+
+class StageConfig(Section):
+    """One stage of a pipeline."""
+
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")] = Field(
+        description="of its folder in the pipeline's; later stages write {name} for that folder"
+    )
+    run: str = Field(description="the command, as in python -m vibejax.COMMAND")
+    config: str = _field("", "its configuration, beside the pipeline's; empty: `set` says all")
+    set: dict[str, Any] = Field(
+        default={}, description="fields that differ from `config` and the pipeline's `defaults`"
+    )
+    arguments: list[str] = Field(
+        default=[], description="of a command that has no configuration; {out} is its own folder"
+    )
+    evaluate: bool = _field(False, "evaluate the model that comes out")
+
+
+class PipelineConfig(Section):
+    """Stages in their order."""
+
+    out: str = Field(description="folder of all stages")
+    stages: list[StageConfig] = Field(min_length=1, description="array of tables, see below")
+    defaults: dict[str, dict[str, Any]] = Field(
+        default={}, description="command -> fields of all its stages; `evaluate` names the sets"
+    )

@@ -11,7 +11,7 @@ import json
 import sys
 import tomllib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -89,21 +89,47 @@ def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     Raises:
         ConfigError: the file is not TOML, or keys or values do not fit `cls`; one line for each.
     """
+    table = read_table(path)
+    overridden = {_override(table, text) for text in overrides}
+    return validated(cls, table, str(path), overridden)
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
     try:
-        table = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    overridden = {_override(table, text) for text in overrides}
+
+
+def validated(
+    cls: type[C], table: dict[str, Any], where: str, overridden: Collection[str] = ()
+) -> C:
+    """A table as a `cls`.
+
+    Args:
+        cls: the stage's configuration.
+        table: keys and values.
+        where: they come from, for messages.
+        overridden: dotted keys that come from --set instead.
+
+    Raises:
+        ConfigError: keys or values do not fit `cls`; one line for each.
+    """
     try:
         return cls.model_validate(table)
     except pydantic.ValidationError as error:
         lines = []
         for e in error.errors():
             key = ".".join(map(str, e["loc"]))
-            where = "--set" if key in overridden else str(path)
-            lines.append(f"{where}: {_complaint(cls, key, e)}")
+            place = "--set" if key in overridden else where
+            lines.append(f"{place}: {_complaint(cls, key, e)}")
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -7,7 +7,8 @@ layout (data_source, prompt, ability, reward_model, extra_info) is read as well.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,8 @@ from vibejax.tokenizer import ChatError, Tokenizer
 from vibejax.verifiers import worker
 
 Record = dict[str, Any]
+
+REFILL_SEEDS = 1_000_003  # apart, so that runs of neighbouring seeds share no order
 
 
 class DataError(InputError):
@@ -150,6 +153,9 @@ def require_ground_truth(prompts: list[Prompt], path: Path) -> None:
 def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]:
     """Token ids of a record's `messages` (through the chat template) or `prompt` (as it is).
 
+    Of a demonstration, whose messages end with the assistant's turn, what comes before that is
+    the prompt.
+
     Raises:
         DataError: the record has neither, or in a form that cannot be used.
     """
@@ -157,6 +163,8 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
         messages = record["messages"]
         if not _is_chat(messages):
             raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
         return tokenizer.encode_chat(messages)
     if isinstance(record.get("prompt"), str):
         return tokenizer.encode(record["prompt"])
@@ -202,6 +210,32 @@ def step_indices(count: int, seed: int, step: int, per_step: int) -> list[int]:
     """The records of one optimizer step."""
     indices = order(count, seed)
     return [int(indices[i]) for i in range(step * per_step, (step + 1) * per_step)]
+
+
+def step_prompts(
+    prompts: Sequence[Prompt], seed: int, step: int, count: int, refill: int = 0
+) -> list[Prompt]:
+    """The prompts of a step (from 1), or those that a refill of its groups may take."""
+    # Each refill has an order of its own, so that a step's prompts do not depend on refills.
+    indices = step_indices(len(prompts), seed + REFILL_SEEDS * refill, step - 1, count)
+    return [prompts[i] for i in indices]
+
+
+def easiest(prompts: Sequence[Prompt], share: float, *, at_least: int) -> list[Prompt]:
+    """The share of the prompts that has the highest `accuracy` in its records.
+
+    Raises:
+        DataError: a record has no accuracy between 0 and 1.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        accuracy = prompt.record.get("accuracy")
+        if not isinstance(accuracy, int | float) or not 0 <= accuracy <= 1:
+            raise DataError(
+                f"prompt {number}: a curriculum needs its 'accuracy' between 0 and 1 (curate with "
+                f"rollouts.keep = 'mixed' writes it), not {accuracy!r}"
+            )
+    ordered = sorted(prompts, key=lambda prompt: -prompt.record["accuracy"])
+    return ordered[: max(at_least, math.ceil(min(share, 1.0) * len(ordered)))]
 
 
 def read_demonstrations(

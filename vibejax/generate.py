@@ -9,7 +9,7 @@ completed, and each comes out as itself plus `completions`: a list of `text`, `t
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +26,7 @@ from vibejax.locations import resolve
 RECORDS_AT_ONCE = 256
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
                         help="default: bfloat16 on accelerators, float32 on CPU")  # fmt: skip
     with errors_in_one_line():
-        run(parser.parse_args())
+        run(parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -164,7 +164,10 @@ def _rows(group: list[Completion], tokens: tokenizer.Tokenizer) -> list[dict[str
 
 def _sink(path: Path | None) -> TextIO:
     """Where records go; standard output is closed with the process."""
-    return sys.stdout if path is None else path.open("w")
+    if path is None:
+        return sys.stdout
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """A weighted average of checkpoints: `python -m vibejax.merge OUT A[=WEIGHT] B[=WEIGHT] ...`.
 
-OUT becomes an HF folder whose parameters are M = sum_i w_i M_i over the sources (HF folders, run
-folders, GGUF files). A weight is 1 where none is given; they are divided by their sum. Sources
-must be of one architecture and one tokenizer. What else OUT holds (tokenizer, stop ids, further
-keys of config.json) is the first source's, and merge.json says what was merged: the sources,
-their weights, and SHA-256 sums of all weight files.
+With --specialists PROBE_RUN the sources are the specialists that a probe found, each with the
+number of domains that it is best at. OUT becomes an HF folder whose parameters are
+M = sum_i w_i M_i over the sources (HF folders, run folders, GGUF files). A weight is 1 where none
+is given; they are divided by their sum. Sources must be of one architecture and one tokenizer. What
+else OUT holds (tokenizer, stop ids, further keys of config.json) is the first source's, and
+merge.json says what was merged: the sources, their weights, and SHA-256 sums of all weight files.
 
 Tensors pass in pieces of a few MB, so the memory needed depends neither on the model nor on the
 number of sources.
@@ -13,6 +14,7 @@ Source: VibeThinker-3B (arXiv 2606.16140) sec. 2.1, the merge of the specialists
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -57,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
-    parser.add_argument("sources", nargs="+", metavar="MODEL[=WEIGHT]")
+    parser.add_argument("sources", nargs="*", metavar="MODEL[=WEIGHT]")
+    parser.add_argument(
+        "--specialists", type=Path, metavar="PROBE_RUN", help="in place of sources, those it found"
+    )
     parser.add_argument(
         "--dtype",
         choices=weights.DTYPES,
@@ -65,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     with errors_in_one_line():
+        if bool(args.sources) == bool(args.specialists):
+            raise InputError("name either sources or the run folder of a probe (--specialists)")
         sources = [parse_source(text) for text in args.sources]
+        if args.specialists:
+            sources = specialists(args.specialists)
         merge(args.out, sources, args.dtype)
         for source, share in zip(sources, shares(sources), strict=True):
             print(f"{share:.4f}  {source.model}")
@@ -86,6 +95,19 @@ def parse_source(text: str) -> Source:
         raise InputError(
             f"{text}: weight {weight!r} must be a number; a path that holds '=' needs one, PATH=1"
         ) from None
+
+
+def specialists(probe: Path) -> list[Source]:
+    """The specialists in the run folder of a probe; the report merges them with equal weights.
+
+    Raises:
+        InputError: the folder holds no finished probe.
+    """
+    path = probe / "probe.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; has the probe finished?")
+    best = json.loads(path.read_text())["specialists"]
+    return [Source(model, float(n)) for model, n in collections.Counter(best.values()).items()]
 
 
 def shares(sources: Sequence[Source]) -> list[float]:

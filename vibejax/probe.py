@@ -11,6 +11,7 @@ Source: VibeThinker-3B (arXiv 2606.16140) sec. 2.1, Diversity-Exploring Distilla
 
 import collections
 import dataclasses
+import glob
 import hashlib
 import shlex
 import sys
@@ -89,6 +90,7 @@ def run(config: ProbeConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     Raises:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
+    config = _expanded(config)
     subjects = [read_subject(config, name) for name in config.checkpoints]
     mesh = policy.make_mesh(config.mesh, [subject.policy.model for subject in subjects])
     folder = run_folder.open_run(config, "probe", changeable=("checkpoints", "domains"))
@@ -123,6 +125,17 @@ def run(config: ProbeConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     )
     print(table(scores, best, config))
     return folder
+
+
+def _expanded(config: ProbeConfig) -> ProbeConfig:
+    """The configuration with every pattern replaced by the folders it matches, by their names."""
+    names = []
+    for name in config.checkpoints:
+        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not found:
+            raise RunError(f"checkpoints: nothing matches {name}")
+        names += found
+    return config.model_copy(update={"checkpoints": names})
 
 
 def read_subject(config: ProbeConfig, name: str) -> Subject:

@@ -20,6 +20,7 @@ import optax
 
 from vibejax import (
     data,
+    handover,
     optimizer,
     qwen2,
     rollout,
@@ -31,8 +32,7 @@ from vibejax import (
     weights,
 )
 from vibejax.checkpoint import Checkpoints
-from vibejax.completions import Request
-from vibejax.config import RlConfig, TrainConfig
+from vibejax.config import RlConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
@@ -51,8 +51,6 @@ from vibejax.verifiers.pool import Pool, VerifierFailure
 DEFAULT = Path(__file__).parent / "quickstart" / "rl.toml"
 HELDOUT_DRAWS = 2**31 - 1  # the "step" of held-out draws: always the same, so gains are paired
 FILTER_DRAWS = 2**31 - 2
-HANDOVER_DRAWS = 2**31 - 3
-HANDOVER_TOKENS = 8  # drawn and scored after every hand-over of weights
 SUMS = ("policy/loss", "policy/clipped_tokens", "policy/entropy", "policy/reference_kl")
 COLUMNS = {
     "accuracy": ("rollout/accuracy", ".3f"),
@@ -241,14 +239,31 @@ def policy_loss(
 def roll_out(
     setup: Setup, state: TrainState, prompts: Sequence[Prompt], step: int, pool: Pool
 ) -> Rollout:
-    """The verified groups of one step, whose prompts are a function of (seed, step)."""
-    config = setup.config
-    indices = data.step_indices(
-        len(prompts), config.seed, step - 1, config.rollout.prompts_per_step
-    )
-    chosen = [prompts[i] for i in indices]
-    how, samples = _training_draws(setup), config.rollout.group_size
-    return _sample(setup, state, chosen, pool, how, samples, step)
+    """The verified groups of one step, whose prompts are a function of (seed, step).
+
+    Where rollout.refills asks for it (DAPO's dynamic sampling), groups that teach nothing, all
+    advantages being 0, make way for groups of other prompts.
+    """
+    config, how = setup.config, _training_draws(setup)
+    count, samples = config.rollout.prompts_per_step, config.rollout.group_size
+    if config.curriculum_steps:
+        prompts = data.easiest(prompts, step / config.curriculum_steps, at_least=count)
+    chosen = data.step_prompts(prompts, config.seed, step, count)
+    rolled = _sample(setup, state, chosen, pool, how, samples, step)
+    asked = {prompt.index for prompt in chosen}
+    for refill in range(1, config.rollout.refills + 1):
+        teaches_N = rollout.advantages(rolled, config.objective).any(axis=1)
+        others = [
+            prompt
+            for prompt in data.step_prompts(prompts, config.seed, step, count, refill)
+            if prompt.index not in asked
+        ][: np.count_nonzero(~teaches_N)]
+        if not others:
+            break
+        asked |= {prompt.index for prompt in others}
+        fresh = _sample(setup, state, others, pool, how, samples, step)
+        rolled = rollout.replaced(rolled, np.flatnonzero(~teaches_N), fresh)
+    return rolled
 
 
 def evaluate_heldout(
@@ -352,9 +367,7 @@ def _training_draws(setup: Setup) -> Sampling:
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
     """Verified completions by the engine, which holds weights and pages for as long as it takes."""
     config, engine = setup.config, setup.engine
-    dtype = jnp.dtype(config.train.dtype)
-    engine.load(qwen2.sampler_params(state.params, setup.model, dtype, engine.mesh))
-    _check_handover(setup, state, prompts[0])
+    handover.hand_over(engine, state.params, setup.score, prompts[0], config, setup.mesh)
     rolled = rollout.sample(
         engine,
         setup.tokenizer,
@@ -368,45 +381,6 @@ def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
     )
     engine.release()
     return rolled
-
-
-def _check_handover(setup: Setup, state: TrainState, prompt: Prompt) -> None:
-    """A few tokens of the engine, scored by the trainer before any others are drawn.
-
-    Raises:
-        RunError: the two disagree by more than objective.max_mean_dlogp.
-    """
-    config = setup.config
-    how = Sampling(temperature=config.rollout.temperature)
-    request = Request(
-        prompt.index, prompt.tokens, min(HANDOVER_TOKENS, config.rollout.max_completion_tokens)
-    )
-    (completion,) = setup.engine.generate([request], how, step=HANDOVER_DRAWS)
-    if completion.stop == "not_finite":
-        return  # no hand-over's fault: the rollout says so
-    before, count = len(prompt.tokens), len(completion.tokens)
-    document = Document(
-        tokens=np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens]),
-        weights=np.repeat(np.float32([0, 1]), [before, count]),
-    )
-    (logprob_T,) = train.score_documents(
-        setup.score, state.params, [document], _short_rows(config), setup.mesh
-    )
-    apart = np.abs(logprob_T[before:] - completion.logprobs).mean()
-    if not apart <= config.objective.max_mean_dlogp:
-        raise RunError(
-            f"the engine's weights are not the trainer's: |d logp| = {apart:.3g} nats over {count} "
-            f"tokens is above objective.max_mean_dlogp = {config.objective.max_mean_dlogp}"
-        )
-
-
-def _short_rows(config: RlConfig) -> TrainConfig:
-    """Rows for a prompt and a few tokens more, one for each device that has rows."""
-    longest, shards = config.rollout.max_prompt_tokens + HANDOVER_TOKENS, config.mesh.context
-    chunk = sharding.CONTEXT_CHUNK
-    row_tokens = min(config.train.row_tokens, -(-longest // (chunk * shards)) * chunk * shards)
-    rows = config.mesh.data * config.mesh.fsdp
-    return config.train.model_copy(update={"row_tokens": row_tokens, "microbatch_rows": rows})
 
 
 def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:

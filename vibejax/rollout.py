@@ -24,11 +24,19 @@ from vibejax.verifiers.pool import Pool
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """The groups of one step: `completions[n][g]` answers `prompts[n]`, judged `verdicts[n][g]`."""
+    """The groups of one step.
+
+    Attributes:
+        prompts: N.
+        completions: `completions[n][g]` answers `prompts[n]`.
+        verdicts: `verdicts[n][g]` judges it.
+        refilled: groups that took the place of others.
+    """
 
     prompts: Sequence[Prompt]
     completions: list[list[Completion]]
     verdicts: list[list[Verdict]]
+    refilled: int = 0
 
     @property
     def finite(self) -> bool:
@@ -166,6 +174,17 @@ def groups(
     yield from verified(wait=True)
 
 
+def replaced(rollout: Rollout, places: Sequence[int], other: Rollout) -> Rollout:
+    """A rollout with another's groups at the first of `places`, which are at least as many."""
+    prompts, completions = [*rollout.prompts], [*rollout.completions]
+    verdicts = [*rollout.verdicts]
+    for n, prompt, group, judged in zip(
+        places, other.prompts, other.completions, other.verdicts, strict=False
+    ):
+        prompts[n], completions[n], verdicts[n] = prompt, group, judged
+    return Rollout(prompts, completions, verdicts, rollout.refilled + len(other.prompts))
+
+
 def engine_metrics(counts: Counts) -> dict[str, float]:
     """What the engine did for a rollout, as metrics."""
     return {
@@ -177,7 +196,11 @@ def engine_metrics(counts: Counts) -> dict[str, float]:
 
 
 def advantages(rollout: Rollout, config: ObjectiveConfig) -> np.ndarray:
-    """[N, G] float32, w(q) * A_i of every completion; Long2Short moves rewards before."""
+    """[N, G] float32, w(q) * A_i of every completion; Long2Short moves rewards before.
+
+    With objective.mask_truncated (DAPO's overlong filtering) a completion that the limit ended
+    has none: what it would have said is not known.
+    """
     reward_NG = rollout.reward_NG
     if config.long2short:
         reward_NG = long2short.redistribute(
@@ -188,6 +211,8 @@ def advantages(rollout: Rollout, config: ObjectiveConfig) -> np.ndarray:
         )
     advantage_NG = mgpo.group_advantages(reward_NG, rollout.scored_NG)
     weight_N = mgpo.prompt_weights(rollout.correct_NG, rollout.scored_NG, gamma=config.gamma)
+    if config.mask_truncated:
+        advantage_NG = np.where(rollout.truncated_NG, 0, advantage_NG)
     return weight_N[:, None] * advantage_NG
 
 
@@ -236,4 +261,5 @@ def group_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/truncated": float(rollout.truncated_NG.mean()),
         "rollout/loops": sum(c.stop == "loop" for group in rollout.completions for c in group),
         "rollout/tokens": int(length_NG.sum()),
+        "rollout/refilled": rollout.refilled,
     }

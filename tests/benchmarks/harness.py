@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 ROUNDS = 2
 
@@ -31,7 +32,9 @@ def measure_side(script: str, side: str, case: str) -> dict[str, float]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, script, side, case]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    line = done.stdout.splitlines()[-1]
+    print(f"{Path(script).stem} {side} {case}: {line}", file=sys.stderr, flush=True)
+    return json.loads(line)
 
 
 def row(

@@ -16,7 +16,9 @@ from vibejax import qwen2, sampling
 from vibejax.kernels.reference import MASKED, product
 
 
-def generate(params, config, prompts: np.ndarray, limits: np.ndarray, rows: int) -> int:
+def generate(
+    params, config, prompts: np.ndarray, limits: np.ndarray, rows: int, longest: int
+) -> int:
     """Completes prompts in batches of `rows`: the number of tokens within their limits.
 
     Args:
@@ -25,13 +27,12 @@ def generate(params, config, prompts: np.ndarray, limits: np.ndarray, rows: int)
         prompts: [N, T] int32 of one length.
         limits: [N] int32 tokens of each completion.
         rows: B, dividing N.
+        longest: completion that the cache has room for.
     """
     tokens = 0
     for start in range(0, len(prompts), rows):
         limit_B = limits[start : start + rows]
-        outputs = _batch(
-            params, prompts[start : start + rows], limit_B, start, config, int(limits.max())
-        )
+        outputs = _batch(params, prompts[start : start + rows], limit_B, start, config, longest)
         token_BC, logprob_BC = jax.device_get(outputs)
         assert np.isfinite(logprob_BC).all() and token_BC.shape == logprob_BC.shape
         tokens += int(limit_B.sum())

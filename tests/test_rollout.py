@@ -1,0 +1,66 @@
+"""Groups by hand: which of them teach, and what takes their place."""
+
+import numpy as np
+import pytest
+
+from vibejax import data, rollout
+from vibejax.completions import Completion
+from vibejax.config import ObjectiveConfig
+from vibejax.data import DataError, Prompt
+from vibejax.rollout import Rollout
+from vibejax.verifiers import Outcome, Verdict
+
+
+def group_of(pattern: str) -> tuple[list[Completion], list[Verdict]]:
+    """`r` right, `w` wrong, `R` and `W` the same but ended by the limit."""
+    completions, verdicts = [], []
+    for letter in pattern:
+        right = letter in "rR"
+        stop = "length" if letter.isupper() else "stop"
+        completions.append(Completion(0, 0, np.zeros(4, np.int32), np.zeros(4, np.float32), stop))
+        outcome = Outcome.CORRECT if right else Outcome.WRONG
+        verdicts.append(Verdict(correct=right, reward=float(right), outcome=outcome))
+    return completions, verdicts
+
+
+def rolled(*patterns: str, first: int = 0) -> Rollout:
+    groups = [group_of(pattern) for pattern in patterns]
+    prompts = [Prompt(first + n, (1,), {}) for n in range(len(patterns))]
+    return Rollout(prompts, [c for c, _ in groups], [v for _, v in groups])
+
+
+def test_a_truncated_completion_has_no_advantage_but_counts_in_its_group():
+    given = rolled("rwwW", "rrrr")
+    plain = rollout.advantages(given, ObjectiveConfig(gamma=0))
+    np.testing.assert_allclose(plain[0], [3**0.5, *[-(3**-0.5)] * 3], rtol=1e-6)
+    masked = rollout.advantages(given, ObjectiveConfig(gamma=0, mask_truncated=True))
+    np.testing.assert_array_equal(masked[0, :3], plain[0, :3])
+    assert masked[0, 3] == 0 and not masked[1].any()
+
+
+def test_groups_that_teach_nothing_make_way_for_others():
+    given = rolled("rrrr", "rwww", "wwww", "WWWW")
+    given = rollout.replaced(given, [0, 2, 3], rolled("rrww", "wwwr", first=10))
+    assert [p.index for p in given.prompts] == [10, 1, 11, 3]
+    assert given.correct_NG.sum(axis=1).tolist() == [2, 1, 1, 0]
+    assert given.refilled == 2 and rollout.group_metrics(given)["rollout/refilled"] == 2
+
+
+def test_refills_have_an_order_of_their_own_and_steps_keep_theirs():
+    prompts = [Prompt(i, (1,), {}) for i in range(64)]
+    steps = [data.step_prompts(prompts, 5, step, 8) for step in (1, 2)]
+    refills = [data.step_prompts(prompts, 5, 1, 8, refill) for refill in (1, 2)]
+    assert len({tuple(p.index for p in part) for part in (*steps, *refills)}) == 4
+    assert steps[0] == [prompts[i] for i in data.step_indices(64, 5, 0, 8)]
+
+
+def test_a_curriculum_begins_with_what_is_easiest():
+    accuracies = [0.1, 0.9, 0.5, 0.7, 0.3]
+    prompts = [Prompt(i, (1,), {"accuracy": a}) for i, a in enumerate(accuracies)]
+    indices = lambda share, least: [p.index for p in data.easiest(prompts, share, at_least=least)]  # noqa: E731
+    assert indices(0.2, 1) == [1]
+    assert indices(0.2, 2) == [1, 3]
+    assert indices(0.5, 1) == [1, 3, 2]
+    assert indices(3.0, 1) == [1, 3, 2, 4, 0]
+    with pytest.raises(DataError, match="prompt 2: a curriculum needs its 'accuracy'"):
+        data.easiest([prompts[0], Prompt(1, (1,), {})], 0.5, at_least=1)

@@ -1,0 +1,178 @@
+"""Four domains of generated tasks for a small policy: `python -m vibejax.domains DST`.
+
+    math      a sum of three digits:            "123+456="
+    code      a program, run in the sandbox:    "f(x)=x*3+17+25"
+    stem      one of four options:              "482-137? A 345 B 355 C 245 D 344"
+    instruct  a text under constraints:         "5 words, fox, owl, end yes:"
+
+DST gets, over all domains, sft.jsonl (demonstrations) and hard.jsonl (several demonstrations of a
+prompt, of which a second stage keeps the hard ones); and for each domain DOMAIN_train.jsonl,
+DOMAIN_probe.jsonl and DOMAIN_heldout.jsonl (prompts with what verifies them). What a prompt asks
+about is drawn without replacement, so no question stands in two files.
+
+Demonstrations mix ways to answer, as those of the shipped policy do (`arithmetic`): the bare
+answer, short and hard; the way written out, easy; and that written twice, longer than it need be.
+A policy that has learnt all of them gives reinforcement learning something to amplify, and
+Long2Short something to shorten. Those of `instruct` follow all constraints only in some cases.
+"""
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from vibejax.arithmetic import carries
+
+COUNTS = {"sft": 6_000, "hard": 400, "train": 1_024, "probe": 128, "heldout": 512}
+STYLES = {"bare": 0.5, "written": 0.25, "twice": 0.25}
+DEMONSTRATIONS = {"sft": 1, "hard": 2}  # of each prompt
+INSTRUCT_RIGHT = 0.35  # demonstrations of `instruct` that follow all constraints
+WORDS = "cat dog fox owl hen bee ant elk yak emu sun sky sea ice fog hut jar key pen cup".split()
+ENDINGS = ("yes", "now", "fin", "bye", "too")
+
+Task = tuple[dict, Callable[[random.Random], str]]
+"""A prompt record, and a demonstration of it in a way that is drawn."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the files of all domains."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DST")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    write(args.folder, args.seed)
+
+
+def write(folder: Path, seed: int) -> None:
+    """Writes all files; see the module's docstring."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in all_files(seed).items():
+        with (folder / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def all_files(seed: int) -> dict[str, list[dict]]:
+    """Name of a file -> its records."""
+    files: dict[str, list[dict]] = {kind: [] for kind in DEMONSTRATIONS}
+    for domain, tasks in (
+        ("math", math_tasks),
+        ("code", code_tasks),
+        ("stem", stem_tasks),
+        ("instruct", instruct_tasks),
+    ):
+        rng = random.Random(f"{domain} {seed}")
+        drawn = tasks(rng)
+        for kind, count in COUNTS.items():
+            some = itertools.islice(drawn, count)
+            if kind in DEMONSTRATIONS:
+                files[kind] += [
+                    {**record, "domain": domain, "completion": demonstrate(rng)}
+                    for record, demonstrate in some
+                    for _ in range(DEMONSTRATIONS[kind])
+                ]
+            else:
+                files[f"{domain}_{kind}"] = [{**record, "domain": domain} for record, _ in some]
+    for kind in DEMONSTRATIONS:
+        random.Random(seed).shuffle(files[kind])
+    return files
+
+
+def math_tasks(rng: random.Random) -> Iterator[Task]:
+    """Sums of three-digit numbers."""
+    for pair in rng.sample(range(900 * 900), sum(COUNTS.values())):
+        a, b = 100 + pair // 900, 100 + pair % 900
+        record = {"prompt": f"{a}+{b}=", "verifier": "math", "ground_truth": str(a + b)}
+        yield record, _in_styles(carries(a, b, places=3), f"\\boxed{{{a + b}}}")
+
+
+def code_tasks(rng: random.Random) -> Iterator[Task]:
+    """Functions of one line, whose constant is a sum to be worked out."""
+    numbers = range(10, 100)
+    triples = [*itertools.product(range(2, 10), numbers, numbers)]
+    for m, a, b in rng.sample(triples, sum(COUNTS.values())):
+        cases = [{"args": [x], "expected": x * m + a + b} for x in (0, 1, 7)]
+        record = {
+            "prompt": f"f(x)=x*{m}+{a}+{b}\n",
+            "verifier": "code",
+            "tests": {"type": "call", "function": "f", "cases": cases},
+        }
+        program = f"```python\ndef f(x):\n return x*{m}+{a + b}\n```"
+        yield record, _in_styles(carries(a, b, places=2), program, between="\n")
+
+
+def stem_tasks(rng: random.Random) -> Iterator[Task]:
+    """Differences of three-digit numbers, the right one among four options."""
+    pairs = rng.sample([*itertools.combinations(range(100, 1_000), 2)], sum(COUNTS.values()))
+    for b, a in pairs:
+        near = [a - b + apart for apart in (-100, -10, -1, 1, 10, 100)]
+        options = [a - b, *rng.sample([number for number in near if number > 0], 3)]
+        rng.shuffle(options)
+        letter = "ABCD"[options.index(a - b)]
+        listed = " ".join(f"{name} {value}" for name, value in zip("ABCD", options, strict=True))
+        record = {"prompt": f"{a}-{b}? {listed}\n", "verifier": "choice", "ground_truth": letter}
+        yield record, _in_styles(f"{borrows(a, b)} {a - b}", f"\\boxed{{{letter}}}")
+
+
+def borrows(a: int, b: int) -> str:
+    """The difference a - b of three-digit numbers, a above b, digit by digit from the last."""
+    steps, borrow = [], 0
+    for place in range(3):
+        x, y = a // 10**place % 10 - borrow, b // 10**place % 10
+        borrow = int(x < y)
+        steps.append(f"{x + 10 * borrow}-{y}={x + 10 * borrow - y}")
+    return " ".join(steps)
+
+
+def instruct_tasks(rng: random.Random) -> Iterator[Task]:
+    """Texts of a number of words, with two given ones, ending in a third."""
+    asked = itertools.product(range(4, 9), itertools.permutations(WORDS, 2), ENDINGS)
+    for count, keywords, ending in rng.sample([*asked], sum(COUNTS.values())):
+        rules = {
+            "length:words": {"at_least": count, "at_most": count},
+            "keywords:existence": {"keywords": [*keywords]},
+            "startend:end_checker": {"end_phrase": ending},
+        }
+        record = {
+            "prompt": f"{count} words, {keywords[0]}, {keywords[1]}, end {ending}:\n",
+            "verifier": "instruct",
+            "ground_truth": {"instruction_id_list": [*rules], "kwargs": [*rules.values()]},
+        }
+        yield (
+            record,
+            lambda rng, count=count, keywords=keywords, ending=ending: _text(
+                rng, count, keywords, ending
+            ),
+        )
+
+
+def _text(rng: random.Random, count: int, keywords: tuple[str, str], ending: str) -> str:
+    """A demonstration, which breaks one or two of the constraints in most cases."""
+    if rng.random() > INSTRUCT_RIGHT:
+        count = max(3, count + rng.choice([-2, -1, 0, 1, 2]))
+        keywords = tuple(word if rng.random() < 0.7 else rng.choice(WORDS) for word in keywords)
+    words = [*keywords, *rng.choices(WORDS, k=count - 3)]
+    rng.shuffle(words)
+    return " ".join([*words, ending])
+
+
+def _in_styles(way: str, answer: str, between: str = " ") -> Callable[[random.Random], str]:
+    """Demonstrations of an answer: bare, after the way to it, after that twice."""
+    forms = {
+        "bare": answer,
+        "written": way + between + answer,
+        "twice": f"{way} {way}{between}{answer}",
+    }
+
+    def demonstrate(rng: random.Random) -> str:
+        (style,) = rng.choices([*STYLES], STYLES.values())
+        return forms[style]
+
+    return demonstrate
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Weights from the trainer to the engine, and a canary: the trainer scores what they then say."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vibejax import qwen2, sharding, train
+from vibejax.completions import Request
+from vibejax.config import RlConfig, TrainConfig
+from vibejax.data import Prompt
+from vibejax.decode import Sampling
+from vibejax.engine import Engine
+from vibejax.packing import Document
+from vibejax.qwen2 import Params
+from vibejax.run_folder import RunError
+
+DRAWS = 2**31 - 3  # the "step" of the canary's draws
+TOKENS = 8  # drawn and scored after every hand-over
+
+
+def hand_over(
+    engine: Engine,
+    params: Params,
+    score: Callable[[Params, train.Batch], jax.Array],
+    prompt: Prompt,
+    config: RlConfig,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Gives the engine the trainer's weights; a few tokens are drawn and compared.
+
+    Args:
+        engine: which gets them.
+        params: the trainer's.
+        score: their log-probabilities of packed rows.
+        prompt: that the tokens are drawn after.
+        config: of the run.
+        mesh: the trainer's.
+
+    Raises:
+        RunError: the two disagree by more than objective.max_mean_dlogp.
+    """
+    dtype = jnp.dtype(config.train.dtype)
+    engine.load(qwen2.sampler_params(params, engine.config.model, dtype, engine.mesh))
+    how = Sampling(temperature=config.rollout.temperature)
+    max_tokens = min(TOKENS, config.rollout.max_completion_tokens)
+    (completion,) = engine.generate(
+        [Request(prompt.index, prompt.tokens, max_tokens)], how, step=DRAWS
+    )
+    if completion.stop == "not_finite":
+        return  # no hand-over's fault: the rollout says so
+    before, count = len(prompt.tokens), len(completion.tokens)
+    document = Document(
+        tokens=np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens]),
+        weights=np.repeat(np.float32([0, 1]), [before, count]),
+    )
+    (logprob_T,) = train.score_documents(score, params, [document], _short_rows(config), mesh)
+    apart = np.abs(logprob_T[before:] - completion.logprobs).mean()
+    if not apart <= config.objective.max_mean_dlogp:
+        raise RunError(
+            f"the engine's weights are not the trainer's: |d logp| = {apart:.3g} nats over {count} "
+            f"tokens is above objective.max_mean_dlogp = {config.objective.max_mean_dlogp}"
+        )
+
+
+def _short_rows(config: RlConfig) -> TrainConfig:
+    """Rows for a prompt and a few tokens more, one for each device that has rows."""
+    longest, shards = config.rollout.max_prompt_tokens + TOKENS, config.mesh.context
+    chunk = sharding.CONTEXT_CHUNK
+    row_tokens = min(config.train.row_tokens, -(-longest // (chunk * shards)) * chunk * shards)
+    rows = config.mesh.data * config.mesh.fsdp
+    return config.train.model_copy(update={"row_tokens": row_tokens, "microbatch_rows": rows})
