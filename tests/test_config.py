@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vibejax import config, config_file
-from vibejax.config import CurateConfig, RlConfig, SftConfig
+from vibejax.config import CurateConfig, EvaluateConfig, RlConfig, SftConfig
 from vibejax.config_file import ConfigError, load
 from vibejax.verifiers.pool import Pool
 
@@ -16,6 +16,7 @@ SHIPPED = [
     *[(RlConfig, p) for p in [*sorted(CONFIGS.glob("rl_*.toml")), QUICKSTART / "rl.toml"]],
     *[(SftConfig, p) for p in sorted(CONFIGS.glob("*sft*.toml"))],
     *[(CurateConfig, p) for p in sorted(CONFIGS.glob("curate_*.toml"))],
+    *[(EvaluateConfig, p) for p in sorted(CONFIGS.glob("evaluate_*.toml"))],
 ]
 
 

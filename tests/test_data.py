@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 
 import pyarrow
@@ -29,7 +30,8 @@ def write(path, *lines):
         ((), "is empty"),
         (('{"prompt": "1"}', "{broken"), ":2: not a JSON object"),
         (("[1]",), ":1: not a JSON object: list"),
-        (('{"text": "1"}',), ":1: has neither 'messages' nor a 'prompt'"),
+        (('{"text": "1"}',), ":1: has the columns 'text', of no known layout; known are prompt "),
+        (('{"prompt": 1}',), ":1: has neither 'messages' nor a 'prompt' text"),
         (('{"messages": [{"role": "user"}]}',), ":1: messages must be a list of"),
         (('{"prompt": ""}',), ":1: the prompt is empty"),
         (('{"prompt": "1"}', '{"prompt": "1+2+3+4"}'), ":2: the prompt has 7 tokens, more than"),
@@ -63,6 +65,38 @@ def test_verl_columns_are_read(tmp_path, tokens):
     (prompt,) = data.read_prompts(path, tokens, max_tokens=99)
     assert prompt.record["ground_truth"] == "2"
     assert prompt.tokens == tuple(tokens.encode_chat(record["prompt"]))
+
+
+def test_rows_of_a_csv_file_keep_line_breaks_within_quotes(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_bytes(b'\xef\xbb\xbfprompt,verifier\r\n"1,\n2",math\r\n3,\r\n')
+    assert list(data.read_records(path)) == [
+        (1, {"prompt": "1,\n2", "verifier": "math"}), (2, {"prompt": "3", "verifier": ""}),
+    ]  # fmt: skip
+
+
+def test_a_gzip_file_of_json_lines_is_read(tmp_path):
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "1"}\n{"prompt": "2"}\n'))
+    assert [record["prompt"] for _, record in data.read_records(path)] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "name, held, message",
+    [
+        ("p.csv", b"a,b\n1,2,3\n", "p.csv:1: has more values than the header has columns"),
+        ("p.csv", b'a,b\n1,"2\n', "p.csv: not a CSV file: unexpected end of data"),
+        ("p.csv", b"a,b\n", "p.csv: is empty"),
+        ("p.csv", b"a\n\xff\n", "p.csv: not a CSV file: 'utf-8' codec can't decode"),
+        ("p.jsonl.gz", b"{}", "p.jsonl.gz: not a gzip file: Not a gzipped file"),
+        ("p.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "p.jsonl.gz: not a gzip file: "),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(tmp_path, name, held, message):
+    (tmp_path / name).write_bytes(held)
+    with pytest.raises(DataError) as error:
+        list(data.read_records(tmp_path / name))
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_order_is_a_function_of_seed_and_step():

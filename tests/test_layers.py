@@ -13,7 +13,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"config_file"},
     {"config", "sharding", "distributed", "rope"},
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"},
-    {"qwen2", "packing", "metrics", "arithmetic"},
+    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes"},
     {"domains"},
     {"checkpoint_config"},
     {"safetensors_folder"},

@@ -40,3 +40,28 @@ def test_bootstrap_interval_is_that_of_a_mean():
     low, high = scoring.bootstrap_interval(value_N)
     half = 1.96 * value_N.std() / 20
     np.testing.assert_allclose([low, high], value_N.mean() + np.array([-half, half]), atol=3e-3)
+
+
+@pytest.mark.parametrize(
+    "clusters, want",
+    [
+        ([[0, 2], [1], [3]], 1.0),  # the largest is right
+        ([[0], [1, 3], [2]], 0.0),
+        ([[0, 2], [1, 3]], 0.5),  # a tie: either, by lot
+        ([[0], [1], [2], [3]], 0.5),
+        ([[0], [1]], 0.5),  # two completions do not answer
+        ([[0, 1, 2]], 2 / 3),  # verdicts that differ within a cluster
+        ([], 0.0),
+    ],
+)
+def test_majority_score_by_hand(clusters, want):
+    correct_G = np.array([True, False, True, False])
+    np.testing.assert_allclose(scoring.majority_score(clusters, correct_G), want)
+
+
+def test_majority_score_of_two_answers_is_a_vote():
+    """Of n completions with one of two answers, the vote is the sign of the count."""
+    for right in range(6):
+        correct_G = np.arange(5) < right
+        clusters = [c for c in (np.flatnonzero(correct_G), np.flatnonzero(~correct_G)) if len(c)]
+        assert scoring.majority_score(clusters, correct_G) == float(right > 2)

@@ -389,34 +389,3 @@ def test_hostile_texts_take_every_rule_under_two_seconds_in_all(name):
     started = time.process_time()
     instruct.follow(rules, HOSTILE[name], loose=False)
     assert time.process_time() - started < 2.0
-
-
-def test_ifeval_jsonl_is_read_as_it_is(tmp_path):
-    path = tmp_path / "input_data.jsonl"
-    row = {
-        "key": 1000,
-        "prompt": "Write without commas.",
-        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
-        "kwargs": [{}, {"relation": "at least", "num_words": 2}],
-    }
-    path.write_text(json.dumps(row) + "\n\n", encoding="utf-8")
-    (read,) = instruct.read_ifeval(path)
-    assert (read["id"], read["prompt"]) == ("ifeval-1000", "Write without commas.")
-    assert (read["domain"], read["verifier"]) == ("instruct", "instruct")
-    assert instruct.verify(read, "two words").correct
-    assert instruct.verify(row, "two words").correct
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"data\.jsonl:1: Expecting property name"),
-        ("[]", r"data\.jsonl:1: must be an object with a text `prompt`"),
-        ('{"prompt": "x", "instruction_id_list": ["a:b"], "kwargs": [{}]}', r":1: instruction id"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text(line, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        instruct.read_ifeval(path)

@@ -295,6 +295,32 @@ class ProbeConfig(Section):
         return self
 
 
+class EvaluationSetConfig(Section):
+    """One evaluation set."""
+
+    path: str = Field(description="JSONL, CSV or parquet, in its published layout or ours")
+    samples: Natural = _field(0, "completions of each problem; 0: the stage's `samples`")
+
+
+class EvaluateConfig(Section):
+    """A checkpoint judged on evaluation sets."""
+
+    policy: str = Field(description="MODEL to judge: HF folder, GGUF file or run folder")
+    sets: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")], EvaluationSetConfig] = Field(
+        min_length=1,
+        description="table of NAME = {path = JSONL, CSV or parquet, samples = completions of each "
+        "problem (0 or none: the stage's `samples`)}",
+    )
+    out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
+    resume: bool = _field(False, "go on in `out` with what is not answered yet")
+    seed: Natural = _field(0, "of sampling")
+    samples: Count = _field(16, "completions of each problem, where a set does not say")
+    dtype: Dtype = _field("float32", "of the computation")
+    mesh: MeshConfig = MeshConfig()
+    rollout: EvaluationRolloutConfig = EvaluationRolloutConfig()
+    verifiers: VerifiersConfig = VerifiersConfig()
+
+
 class SftConfig(Section):
     """One supervised fine-tuning stage."""
 

@@ -1,13 +1,16 @@
-"""Records from JSONL and parquet files, as prompts or as demonstrations, and their order.
+"""Records from JSONL, CSV and parquet files, as prompts or as demonstrations, and their order.
 
 A prompt record holds `messages` (or `prompt`, text that is encoded as it is), the name of its
-`verifier`, its `ground_truth`, and optionally `id`, `domain` and free metadata. The verl column
-layout (data_source, prompt, ability, reward_model, extra_info) is read as well.
+`verifier`, its `ground_truth`, and optionally `id`, `domain` and free metadata. Published
+benchmarks are read in their own layouts (`benchmarks`).
 """
 
+import csv
 import dataclasses
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +19,7 @@ import grain
 import numpy as np
 import pyarrow.parquet
 
+from vibejax import benchmarks
 from vibejax.config_file import InputError
 from vibejax.tokenizer import ChatError, Tokenizer
 from vibejax.verifiers import worker
@@ -23,6 +27,9 @@ from vibejax.verifiers import worker
 Record = dict[str, Any]
 
 REFILL_SEEDS = 1_000_003  # apart, so that runs of neighbouring seeds share no order
+
+TRUTHS = {"ground_truth", "tests", "public_test_cases", "private_test_cases"}
+"""Fields of which a record that can be verified has at least one."""
 
 
 class DataError(InputError):
@@ -74,7 +81,9 @@ class Demonstrations(NamedTuple):
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """The records of a .jsonl or .parquet file, each with its line (or row) number from 1.
+    """The records of a .jsonl, .jsonl.gz, .csv or .parquet file, each with its number from 1.
+
+    The number is that of the line, or of the row.
 
     Raises:
         DataError: the file is missing, empty or malformed; the line is named.
@@ -96,9 +105,33 @@ def _rows(path: Path) -> Iterator[Record]:
             raise DataError(f"{path}: not a parquet file: {error}") from error
         for batch in file.iter_batches():
             yield from batch.to_pylist()
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    elif path.suffix == ".csv":
+        yield from _csv_rows(path)
+    else:
+        yield from _json_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+                if None in row:
+                    raise DataError(f"{path}:{number}: has more values than the header has columns")
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not a CSV file: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[Record]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        numbered = enumerate(lines, start=1)
+        while True:
+            try:
+                number, line = next(numbered)
+            except StopIteration:
+                return
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise DataError(f"{path}: not a gzip file: {error}") from error
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -112,12 +145,16 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[P
     """All prompts of a file, encoded.
 
     Raises:
-        DataError: a record lacks a field or has a prompt of more than `max_tokens` tokens.
+        DataError: a record is of no known layout, lacks a field or has a prompt of more than
+            `max_tokens` tokens.
     """
     prompts = []
-    for number, record in read_records(path):
-        record = _from_verl(record) if "reward_model" in record else record
+    for number, row in read_records(path):
         where = f"{path}:{number}"
+        try:
+            record = benchmarks.prompt_record(row)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from None
         tokens = encode_prompt(record, tokenizer, where)
         if not tokens:
             raise DataError(f"{where}: the prompt is empty")
@@ -138,12 +175,10 @@ def require_ground_truth(prompts: list[Prompt], path: Path) -> None:
             against.
     """
     for number, prompt in enumerate(prompts, start=1):
-        for field in ("verifier", "ground_truth"):
-            present = field in prompt.record or (
-                field == "ground_truth" and "tests" in prompt.record
-            )
-            if not present:
-                raise DataError(f"{path}:{number}: has no {field!r}")
+        if "verifier" not in prompt.record:
+            raise DataError(f"{path}:{number}: has no 'verifier'")
+        if not TRUTHS & prompt.record.keys():
+            raise DataError(f"{path}:{number}: has no 'ground_truth'")
         try:
             worker.names(prompt.record)
         except ValueError as error:
@@ -182,20 +217,6 @@ def _is_chat(messages: Any) -> bool:
             for m in messages
         )
     )
-
-
-def _from_verl(record: Record) -> Record:
-    """A record of verl's columns in this project's."""
-    reward, extra = record["reward_model"] or {}, record.get("extra_info") or {}
-    prompt = record.get("prompt")
-    return {
-        "id": str(extra.get("index", "")),
-        "domain": record.get("ability", ""),
-        "verifier": "math",
-        "ground_truth": reward.get("ground_truth"),
-        "data_source": record.get("data_source"),
-        **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
-    }
 
 
 def order(count: int, seed: int) -> grain.MapDataset:

@@ -1,7 +1,9 @@
-"""Verdicts to numbers: avg@n, pass@k, and how sure they are.
+"""Verdicts to numbers: avg@n, pass@k, maj@n, and how sure they are.
 
 Shape suffixes: N prompts, G completions of a prompt, K numbers of draws from them, 1 to G.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,6 +40,24 @@ def pass_at_k(correct_NG: np.ndarray, k: int) -> float:
     if not 1 <= k <= n:
         raise ValueError(f"k = {k}: must be between 1 and the {n} completions of a prompt")
     return float(pass_curves(correct_NG.sum(axis=1), n)[:, k - 1].mean())
+
+
+def majority_score(clusters: Sequence[Sequence[int]], correct_G: np.ndarray) -> float:
+    """The chance that the answer of most completions of a prompt is correct.
+
+    One of the largest clusters is drawn by lot, and one of its completions; those of a cluster
+    nearly always have the same verdict.
+
+    Args:
+        clusters: completions with the same answer, as `votes.clusters` finds them.
+        correct_G: [G] bool.
+
+    Returns:
+        0 to 1; 0 where no completion answers.
+    """
+    most = max(map(len, clusters), default=0)
+    shares = [correct_G[list(c)].mean() for c in clusters if len(c) == most]
+    return float(np.mean(shares)) if shares else 0.0
 
 
 def bootstrap_interval(

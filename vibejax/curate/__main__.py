@@ -34,6 +34,7 @@ from vibejax.curate.report import Counts
 from vibejax.locations import resolve
 from vibejax.run_folder import RunError
 from vibejax.verifiers.pool import Pool, VerifierFailure
+from vibejax.votes import equal_answers
 
 
 def main() -> None:
@@ -234,7 +235,7 @@ def _ask_verifiers(
 def _label(config: CurateConfig, record: dict[str, Any], where: str, pool: Pool) -> Reason | None:
     """Gives a record the answer of most of its completions as ground truth."""
     texts = rollouts.completion_texts(record, where)
-    answer, votes = rollouts.majority(texts, functools.partial(rollouts.equal_answers, pool))
+    answer, votes = rollouts.majority(texts, functools.partial(equal_answers, pool))
     if answer is None or votes < config.rollouts.min_votes * len(texts):
         return "no_majority", {"votes": votes, "completions": len(texts)}
     share = round(votes / len(texts), 3)

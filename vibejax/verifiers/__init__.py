@@ -19,6 +19,11 @@ class Outcome(enum.StrEnum):
     MEMORY = "memory"
     UNSCORED = "unscored"
 
+    @property
+    def scored(self) -> bool:
+        """Whether it says something about the completion."""
+        return self in (Outcome.CORRECT, Outcome.WRONG, Outcome.NO_ANSWER)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -41,4 +46,4 @@ class Verdict:
     @property
     def scored(self) -> bool:
         """Whether the verdict says something about the completion."""
-        return self.outcome in (Outcome.CORRECT, Outcome.WRONG, Outcome.NO_ANSWER)
+        return self.outcome.scored

@@ -12,7 +12,6 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from vibejax.verifiers import (
@@ -155,37 +154,3 @@ def _typed(label: str, value: Any, annotation: Any) -> Any:
     if not all(v.strip() for v in value):
         raise ValueError(f"{label} = {value!r:.80}: must not hold a blank text")
     return value
-
-
-def read_ifeval(path: Path) -> list[dict[str, Any]]:
-    """Reads IFEval's own JSONL (key, prompt, instruction_id_list, kwargs) as prompt records.
-
-    Raises:
-        ValueError: a line is no such object, or lists a rule that cannot be checked; the message
-            starts with the file and line.
-    """
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                    raise ValueError("must be an object with a text `prompt`")
-                rules(row)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-            records.append(
-                {
-                    "id": f"ifeval-{row.get('key', number)}",
-                    "domain": "instruct",
-                    "prompt": row["prompt"],
-                    "verifier": "instruct",
-                    "ground_truth": {
-                        "instruction_id_list": row["instruction_id_list"],
-                        "kwargs": row["kwargs"],
-                    },
-                }
-            )
-    return records

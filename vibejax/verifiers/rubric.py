@@ -9,7 +9,7 @@ whose answer does not follow the schema, yields `unscored`: never a zero.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +160,13 @@ def judge_messages(
 ) -> list[dict[str, str]] | None:
     """Builds the chat messages that ask for the scores of a completion.
 
-    The markers around each text hold a hash of all of them, which a completion cannot know, so
-    that it cannot close its own part.
-
     Returns:
         Messages with `role` and `content`, or None if there is no text after the thinking.
 
     Raises:
         ValueError: the record has neither a prompt nor messages, or a part of it is no text.
     """
-    parts = {"request": _request(record)}
+    parts = {"request": request_text(record)}
     for name, field in (("what this request asks for", "rubric"), ("a good reply", "reference")):
         if (value := record.get(field)) is not None:
             if not isinstance(value, str):
@@ -179,11 +176,6 @@ def judge_messages(
     if not reply:
         return None
     parts["reply"] = reply
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    shown = (
-        f"<<<{name} {digest}>>>\n{_shortened(text, max_chars)}\n<<<end of {name} {digest}>>>"
-        for name, text in parts.items()
-    )
     system = _SYSTEM.format(
         top=TOP_SCORE,
         dimensions="\n".join(f"- {name}: {what}" for name, what in DIMENSIONS.items()),
@@ -191,11 +183,30 @@ def judge_messages(
     )
     return [
         {"role": "system", "content": system},
-        {"role": "user", "content": "\n\n".join(shown)},
+        {"role": "user", "content": marked(parts, max_chars=max_chars)},
     ]
 
 
-def _request(record: Mapping[str, Any]) -> str:
+def marked(parts: Mapping[str, str], *, max_chars: int) -> str:
+    """Puts texts between markers that none of them can close: they hold a hash of all.
+
+    Args:
+        parts: what each text is -> the text.
+        max_chars: of a longer text the beginning and the end are kept.
+    """
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return "\n\n".join(
+        f"<<<{name} {digest}>>>\n{_shortened(text, max_chars)}\n<<<end of {name} {digest}>>>"
+        for name, text in parts.items()
+    )
+
+
+def request_text(record: Mapping[str, Any]) -> str:
+    """Returns what a record asks, its messages one below the other.
+
+    Raises:
+        ValueError: it has neither a prompt nor messages, or a part of them is no text.
+    """
     request = record.get("messages", record.get("prompt"))
     if isinstance(request, list) and all(
         isinstance(message, Mapping)
@@ -225,6 +236,20 @@ def read_scores(answer: str) -> dict[str, int]:
         JudgeError: the answer is too long, has no such object, or a score is missing, extra, not
             a whole number, or out of range.
     """
+    scores = read_object(answer, SCHEMA["required"])
+    for name in DIMENSIONS:
+        score = scores[name]
+        if isinstance(score, bool) or not isinstance(score, int) or not 0 <= score <= TOP_SCORE:
+            raise JudgeError(f"{name} = {score!r:.80}: wanted a whole number, 0 to {TOP_SCORE}")
+    return {name: scores[name] for name in DIMENSIONS}
+
+
+def read_object(answer: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Reads the last JSON object of a judge's answer; it must have exactly these keys.
+
+    Raises:
+        JudgeError: the answer is too long, or ends in no such object.
+    """
     if not isinstance(answer, str) or len(answer) > MAX_ANSWER_CHARS:
         raise JudgeError(f"answer is no text of at most {MAX_ANSWER_CHARS} characters")
     text = thinking.after_thinking(answer) or ""
@@ -233,12 +258,7 @@ def read_scores(answer: str) -> dict[str, int]:
         value = json.loads(text[start : end + 1], object_pairs_hook=list)
     except (ValueError, RecursionError):
         raise JudgeError(f"answer {text[:80]!r} ends in no JSON object") from None
-    keys = [key for key, _ in value] if isinstance(value, list) else []
-    if sorted(keys) != sorted(SCHEMA["required"]):
-        raise JudgeError(f"answer has keys {keys!r:.80}, wanted {', '.join(SCHEMA['required'])}")
-    scores = dict(value)
-    for name in DIMENSIONS:
-        score = scores[name]
-        if isinstance(score, bool) or not isinstance(score, int) or not 0 <= score <= TOP_SCORE:
-            raise JudgeError(f"{name} = {score!r:.80}: wanted a whole number, 0 to {TOP_SCORE}")
-    return {name: scores[name] for name in DIMENSIONS}
+    found = [key for key, _ in value] if isinstance(value, list) else []
+    if sorted(found) != sorted(keys):
+        raise JudgeError(f"answer has keys {found!r:.80}, wanted {', '.join(keys)}")
+    return dict(value)

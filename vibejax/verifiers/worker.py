@@ -36,16 +36,17 @@ MODULES = {
     "choice": "vibejax.verifiers.choice",
     "instruct": "vibejax.verifiers.instruct",
     "rubric": "vibejax.verifiers.rubric",
+    "math_judge": "vibejax.verifiers.math_judge",
 }
 """Verifier name -> module with `verify(record, completion, **settings) -> Verdict`, imported on
 first use. A module may also have `load()`, called before the clock of its first item starts, and
 `preload()`, called where there is time; what it imports later should stop the `clock`."""
 
-LIMITS_S = {"code": 45.0, "rubric": 180.0}
+LIMITS_S = {"code": 45.0, "rubric": 180.0, "math_judge": 180.0}
 """Seconds that the pool allows verifiers which keep to limits of their own: code runs its tests for
 at most 30 s and needs some more to call its sandbox broken, a judge is asked again after errors."""
 
-TRUTH_FIELDS = {"math": ("ground_truth",), "choice": ("ground_truth",)}
+TRUTH_FIELDS = dict.fromkeys(("math", "math_judge", "choice"), ("ground_truth",))
 """Fields without which a record of that verifier cannot be verified; the other verifiers read
 several published record formats and check for themselves."""
 
