@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vibejax import config, config_file
-from vibejax.config import CurateConfig, RlConfig, SftConfig
+from vibejax.config import CurateConfig, DistillConfig, RlConfig, SftConfig
 from vibejax.config_file import ConfigError, load
 from vibejax.verifiers.pool import Pool
 
@@ -15,6 +15,7 @@ BASE = 'policy = "p"\nprompts = "q"\n'
 SHIPPED = [
     *[(RlConfig, p) for p in [*sorted(CONFIGS.glob("rl_*.toml")), QUICKSTART / "rl.toml"]],
     *[(SftConfig, p) for p in sorted(CONFIGS.glob("*sft*.toml"))],
+    *[(DistillConfig, p) for p in sorted(CONFIGS.glob("distill_*.toml"))],
     *[(CurateConfig, p) for p in sorted(CONFIGS.glob("curate_*.toml"))],
 ]
 
