@@ -151,10 +151,12 @@ def test_the_chosen_are_the_upper_scores_of_their_cells(whole):
     for low, high in ((0, 20), (20, 50), (50, 99)):
         cell = sorted((r["score"], r["id"]) for r in scored if low <= r["length"] < high)
         kept = [(score, name) for score, name in cell if name in chosen]
-        if len(cell) >= 3:
-            assert kept[0][0] >= np.quantile([s for s, _ in cell if s <= kept[-1][0]], 0.4)
-        else:
+        if len(cell) < 3:
             assert not kept
+            continue
+        inside = [(score, name) for score, name in cell if score <= kept[-1][0]]  # no outliers
+        least = np.quantile([score for score, _ in inside], 0.4)
+        assert kept == [(score, name) for score, name in inside if score >= least]
 
 
 def test_scores_by_hand_packed_and_alone(inputs, whole):

@@ -175,6 +175,7 @@ def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, An
     for name, field in cls.model_fields.items():
         inner = field.annotation
         if typing.get_origin(inner) is dict and _is_section(typing.get_args(inner)[1]):
+            yield f"{prefix}{name}", inner, field
             yield from _fields(typing.get_args(inner)[1], f"{prefix}{name}.NAME.")
         elif _is_section(inner):
             yield from _fields(inner, f"{prefix}{name}.")
