@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vibejax import config, config_file
-from vibejax.config import CurateConfig, EvaluateConfig, RlConfig, SftConfig
+from vibejax.config import CurateConfig, DistillConfig, EvaluateConfig, RlConfig, SftConfig
 from vibejax.config_file import ConfigError, load
 from vibejax.verifiers.pool import Pool
 
@@ -14,7 +14,11 @@ QUICKSTART = Path(config.__file__).parent / "quickstart"
 BASE = 'policy = "p"\nprompts = "q"\n'
 SHIPPED = [
     *[(RlConfig, p) for p in [*sorted(CONFIGS.glob("rl_*.toml")), QUICKSTART / "rl.toml"]],
-    *[(SftConfig, p) for p in sorted(CONFIGS.glob("*sft*.toml"))],
+    *[
+        (SftConfig, p)
+        for p in [*sorted(CONFIGS.glob("sft_*.toml")), CONFIGS / "quickstart_sft.toml"]
+    ],
+    *[(DistillConfig, p) for p in sorted(CONFIGS.glob("distill_*.toml"))],
     *[(CurateConfig, p) for p in sorted(CONFIGS.glob("curate_*.toml"))],
     *[(EvaluateConfig, p) for p in sorted(CONFIGS.glob("evaluate_*.toml"))],
 ]

@@ -17,6 +17,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=64)]  # part of a file name
 
 
 def _field(default: Any, meaning: str) -> Any:
@@ -270,7 +271,7 @@ class ProbeConfig(Section):
         min_length=1,
         description="MODELs to score, in the order of their training; * matches folders",
     )
-    domains: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")], str] = Field(
+    domains: dict[Name, str] = Field(
         min_length=1, description="table of a probing set for each domain, JSONL or parquet"
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
@@ -367,6 +368,88 @@ class SftConfig(Section):
         if bool(self.epochs) == bool(self.steps):
             raise ValueError(
                 f"epochs = {self.epochs:g}, steps = {self.steps}: one of the two must be above 0"
+            )
+        return self
+
+
+class TaughtDomain(Section):
+    """What is taught of one domain, and by whom."""
+
+    teachers: list[str] = Field(
+        min_length=1, description="MODELs, each of which completes all the prompts"
+    )
+    prompts: str = Field(description="prompts with their ground truth, JSONL or parquet")
+
+
+class SelectionConfig(Section):
+    """Which traces are learnt (losses/distillation.py); the report publishes none of the values."""
+
+    min_tokens: Natural = _field(64, "a shorter trace is not scored")
+    short_quantile: Annotated[float, Field(ge=0, lt=1)] = _field(
+        0.01, "share of a domain's traces, the shortest, that is not scored either"
+    )
+    edges: list[Count] = _field(
+        [2_048, 4_096, 8_192, 16_384, 32_768],
+        "tokens at which the next length bucket begins, rising; empty: a domain is one cell",
+    )
+    min_cell: Count = _field(8, "a cell of fewer scored traces is left out: nothing ranks there")
+    deviations: Positive = _field(
+        5.0, "a score is an outlier so many median absolute deviations above its cell's median"
+    )
+    low: Annotated[float, Field(ge=0, lt=1)] = _field(
+        0.4, "quantile of a cell's scores, without outliers, from which traces are chosen ..."
+    )
+    high: Share = _field(1.0, "... up to this one")
+    shares: dict[Name, Positive] = _field(
+        {}, "table of each domain's part of the chosen set, relative; empty: as they come"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _rises(self):
+        if self.edges != sorted(set(self.edges)):
+            raise ValueError(f"edges = {self.edges} must rise")
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        return self
+
+
+class DistillConfig(Section):
+    """Traces of teachers from which a student learns most."""
+
+    student: str = Field(description="MODEL that is to learn, and scores the traces")
+    domains: dict[Name, TaughtDomain] = Field(
+        min_length=1, description="table of a table for each domain"
+    )
+    out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
+    resume: bool = _field(
+        False, "go on in `out`; `domains` and `selection` may differ, samples and scores stay"
+    )
+    seed: Natural = _field(0, "of sampling, and of what goes beyond a domain's share")
+    samples: Count = _field(8, "completions of each prompt by each of its teachers")
+    mesh: MeshConfig = MeshConfig()
+    rollout: EvaluationRolloutConfig = EvaluationRolloutConfig()
+    train: TrainConfig = TrainConfig()
+    attention: AttentionConfig = AttentionConfig()
+    verifiers: VerifiersConfig = VerifiersConfig()
+    selection: SelectionConfig = SelectionConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self):
+        for domain, taught in self.domains.items():
+            for name in taught.teachers:
+                if taught.teachers.count(name) > 1:
+                    raise ValueError(f"domains.{domain}.teachers: {name!r} is named twice")
+        shares = self.selection.shares
+        if shares and shares.keys() != self.domains.keys():
+            raise ValueError(
+                f"selection.shares names {', '.join(shares)}: must name all of domains "
+                f"({', '.join(self.domains)}), or none"
+            )
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_completion_tokens
+        if self.train.row_tokens < longest:
+            raise ValueError(
+                f"train.row_tokens = {self.train.row_tokens} must be at least "
+                f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest}"
             )
         return self
 

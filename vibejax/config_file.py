@@ -200,10 +200,17 @@ def _fields(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, An
     """(dotted name, type, pydantic field) of every leaf."""
     for name, field in cls.model_fields.items():
         inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
+        if typing.get_origin(inner) is dict and _is_section(typing.get_args(inner)[1]):
+            yield f"{prefix}{name}", inner, field
+            yield from _fields(typing.get_args(inner)[1], f"{prefix}{name}.NAME.")
+        elif _is_section(inner):
             yield from _fields(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", inner, field
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _field_lines(cls: type[Section]) -> Iterator[str]:

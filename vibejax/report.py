@@ -99,6 +99,44 @@ def draw_probe(
     plt.close(figure)
 
 
+def draw_distillation(
+    domains: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    edges: Sequence[int],
+    out: Path,
+) -> None:
+    """Writes histograms of each domain's traces: scores and lengths, all and the chosen ones.
+
+    Args:
+        domains: name -> [B] scores, NaN where there is none, [B] lengths, [B] bool chosen, of
+            which some are.
+        edges: of the length buckets.
+        out: the file.
+    """
+    size = (10, 0.4 + 2.8 * len(domains))
+    figure, axes = plt.subplots(len(domains), 2, figsize=size, squeeze=False, layout="constrained")
+    for row, (domain, (score_B, length_B, chosen_B)) in zip(axes, domains.items(), strict=True):
+        scored_B = ~np.isnan(score_B)
+        _two_histograms(row[0], score_B[scored_B], chosen_B[scored_B], "scored")
+        for end in (score_B[chosen_B].min(), score_B[chosen_B].max()):
+            row[0].axvline(end, color="tab:orange", linestyle=":")
+        row[0].set(title=f"{domain}: score, nats a token")
+        _two_histograms(row[1], length_B, chosen_B, "accepted")
+        for edge in edges:
+            if length_B.min() < edge <= length_B.max():
+                row[1].axvline(edge, color="gray", linewidth=0.8)
+        row[1].set(title=f"{domain}: tokens, and the buckets' edges")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _two_histograms(axis, value_B: np.ndarray, chosen_B: np.ndarray, label: str) -> None:
+    """Of all values, and of the chosen ones over them."""
+    bins = np.histogram_bin_edges(value_B, bins=min(40, max(8, len(value_B) // 8)))
+    axis.hist(value_B, bins, color="lightgray", label=f"{len(value_B)} {label}")
+    axis.hist(value_B[chosen_B], bins, alpha=0.7, label=f"{chosen_B.sum()} chosen")
+    axis.legend()
+
+
 def _curve(axis, rows: list[dict[str, Any]], name: str, **style) -> None:
     """The steps that have a value."""
     points = [(row["step"], row[name]) for row in rows if name in row]

@@ -1,0 +1,1 @@
+"""Offline self-distillation, the command `python -m vibejax.distill`."""
