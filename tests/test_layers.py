@@ -24,8 +24,8 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"decode"},
     {"batching", "completions"},
     {"engine"},
-    {"rollout", "scoring", "report"},
-    {"policy"},
+    {"rollout", "scoring", "report", "equivalence", "reliability", "clr_questions"},
+    {"policy", "replies", "clr_results"},
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},

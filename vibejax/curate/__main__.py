@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from vibejax import equivalence
 from vibejax.config import CurateConfig
 from vibejax.config_file import InputError, errors_in_one_line, parse_args
 from vibejax.curate import evaluation, report, rollouts
@@ -234,7 +235,7 @@ def _ask_verifiers(
 def _label(config: CurateConfig, record: dict[str, Any], where: str, pool: Pool) -> Reason | None:
     """Gives a record the answer of most of its completions as ground truth."""
     texts = rollouts.completion_texts(record, where)
-    answer, votes = rollouts.majority(texts, functools.partial(rollouts.equal_answers, pool))
+    answer, votes = rollouts.majority(texts, functools.partial(equivalence.equal_answers, pool))
     if answer is None or votes < config.rollouts.min_votes * len(texts):
         return "no_majority", {"votes": votes, "completions": len(texts)}
     share = round(votes / len(texts), 3)

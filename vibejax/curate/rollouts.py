@@ -7,12 +7,13 @@ writes into each record; `accuracy`, a number, takes their place where it was co
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vibejax import equivalence
 from vibejax.config_file import InputError
+from vibejax.equivalence import Pairs
 from vibejax.verifiers import Verdict, math
 from vibejax.verifiers.pool import Pool
 
 Record = dict[str, Any]
-Pairs = Sequence[tuple[str, str]]
 
 
 def completion_texts(record: Record, where: str) -> list[str]:
@@ -82,25 +83,8 @@ def majority(texts: Sequence[str], equal: Callable[[Pairs], list[bool]]) -> tupl
     Returns:
         The first spelling of the answer, None where there is no majority, and its votes.
     """
-    votes: dict[str, int] = {}
-    for text in texts:
-        answer = math.extract(text)
-        if not answer:
-            continue
-        if answer not in votes:
-            known = list(votes)
-            same = equal([(first, answer) for first in known])
-            answer = next((k for k, e in zip(known, same, strict=True) if e), answer)
-        votes[answer] = votes.get(answer, 0) + 1
-    most = max(votes.values(), default=0)
-    winners = [answer for answer, count in votes.items() if count == most]
+    answers = [math.extract(text) for text in texts]
+    groups = equivalence.clusters(answers, equal)
+    most = max(map(len, groups), default=0)
+    winners = [answers[group[0]] for group in groups if len(group) == most]
     return (winners[0], most) if len(winners) == 1 else (None, most)
-
-
-def equal_answers(pool: Pool, pairs: Pairs) -> list[bool]:
-    """Whether answers are equivalent, by the math verifier, in its processes."""
-    items: list[tuple[dict[str, Any], str]] = [
-        ({"verifier": "math", "ground_truth": first}, rf"\boxed{{{second}}}")
-        for first, second in pairs
-    ]
-    return [verdict.correct for verdict in pool.verify(items)]
