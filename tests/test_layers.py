@@ -25,8 +25,8 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"decode"},
     {"batching", "completions"},
     {"engine"},
-    {"rollout", "scoring", "report", "handover"},
-    {"policy"},
+    {"rollout", "scoring", "report", "handover", "reliability", "clr_questions"},
+    {"policy", "replies", "clr_results"},
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},

@@ -322,6 +322,57 @@ class EvaluateConfig(Section):
     verifiers: VerifiersConfig = VerifiersConfig()
 
 
+class ReplyConfig(Section):
+    """How replies to questions about completions are sampled."""
+
+    max_tokens: Count = _field(8_192, "longest reply, stop token included")
+    temperature: NotNegative = _field(1.0, "divides the logits; 0 decodes greedily")
+    top_p: Share = _field(0.95, "probability mass kept by nucleus sampling")
+
+
+class ClrConfig(Section):
+    """Answers chosen by the reliability of the claims behind them."""
+
+    policy: str = Field(description="MODEL that answers and checks: HF folder, GGUF or run folder")
+    prompts: str = Field(description="prompts with a final answer to verify, JSONL or parquet")
+    questions: str = _field(
+        "package:vibejax/clr_questions.toml", "TOML file of what is asked about completions"
+    )
+    out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
+    resume: bool = _field(False, "go on in `out`, where `repeats` may differ")
+    seed: Natural = _field(0, "of sampling; each repeat has draws of its own")
+    samples: Count = _field(32, "completions K of each prompt")
+    claims: Count = _field(5, "claims M of each completion")
+    repeats: Count = _field(8, "times that all of it is done; the results are means over them")
+    context: Natural = _field(
+        0,
+        "tokens of the longest sequence, questions about completions included; 0: "
+        "rollout.max_prompt_tokens + rollout.max_completion_tokens, which is the least",
+    )
+    dtype: Dtype = _field("float32", "of the computation")
+    mesh: MeshConfig = MeshConfig()
+    rollout: EvaluationRolloutConfig = EvaluationRolloutConfig()
+    extraction: ReplyConfig = ReplyConfig()
+    checking: ReplyConfig = ReplyConfig()
+    verifiers: VerifiersConfig = VerifiersConfig()
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of the longest sequence."""
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_completion_tokens
+        return self.context or longest
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self):
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_completion_tokens
+        if self.sequence_tokens < longest:
+            raise ValueError(
+                f"context = {self.context} must be 0 or at least rollout.max_prompt_tokens + "
+                f"rollout.max_completion_tokens = {longest}"
+            )
+        return self
+
+
 class SftConfig(Section):
     """One supervised fine-tuning stage."""
 
