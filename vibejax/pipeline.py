@@ -201,7 +201,7 @@ def describe(steps: Sequence[Step]) -> str:
     for number, step in enumerate(steps, start=1):
         state = "finished" if step.manifest.is_file() else "to do"
         lines.append(
-            f"{number:3} {step.name:24} {step.command:9} {state:9} {_tokens(step)}".rstrip()
+            f"{number:3} {step.name:30} {step.command:9} {state:9} {_tokens(step)}".rstrip()
         )
     return "\n".join(lines)
 
