@@ -92,7 +92,7 @@ def _gsm8k(row: Row) -> Record:
     return {
         **_asked(row, "id", "math", _text(row, "question").strip(), MATH),
         "verifier": "math",
-        "ground_truth": answer.strip().replace(",", ""),
+        "ground_truth": answer.strip(),
     }
 
 
