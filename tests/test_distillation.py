@@ -68,3 +68,11 @@ def test_mix_by_hand():
     assert mixed.tolist() == [2, 6]
     assert distillation.mix(np.array([30, 30]), np.array([0.1, 0.2])).tolist() == [15, 30]
     assert distillation.mix(np.array([1_000, 1]), np.array([1.0, 999.0])).tolist() == [1, 1]
+
+
+def test_the_domain_that_is_short_keeps_all():
+    """Whatever is lost in c / s * s."""
+    for count in range(1, 200):
+        for share in (1.0, 3.0, 7.0):
+            chosen_D, share_D = np.array([count, 10_000]), np.array([share, 3.0])
+            assert distillation.mix(chosen_D, share_D)[0] == count
