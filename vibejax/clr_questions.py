@@ -19,7 +19,10 @@ _NAME = re.compile(r"\{\{\s{0,8}(\w+)\s{0,8}\}\}")
 _NUMBERED = re.compile(
     r"[\s*_#>-]{0,16}(?:claim\s{0,4})?(\d{1,3})[*_]{0,3}[.):][*_]{0,3}\s(.*)", re.IGNORECASE
 )
-_VERDICT = re.compile(r"[\W_]{0,16}(?:verdict[\W_]{1,16})?(true|false)[\W_]{0,16}", re.IGNORECASE)
+_VERDICT = re.compile(
+    r"[\W_]{0,16}(?:(?:the )?(?:verdict|claim)(?: is)?[\W_]{1,16})?(true|false)[\W_]{0,16}",
+    re.IGNORECASE,
+)
 
 
 class Questions(Section):
@@ -102,7 +105,9 @@ def read_claims(reply: str, count: int, *, complete: bool) -> list[str]:
 
 
 def read_verdict(reply: str, *, complete: bool) -> bool | None:
-    """Whether a claim holds: by the last line that holds nothing but the verdict.
+    """Whether a claim holds: by the last line that says nothing but the verdict.
+
+    Such as "**Verdict:** FALSE", "True." or "The claim is false."; a line that says more is none.
 
     Args:
         reply: the model's, with its thinking.
