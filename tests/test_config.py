@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from vibejax import config, config_file
-from vibejax.config import CurateConfig, DistillConfig, EvaluateConfig, RlConfig, SftConfig
+from vibejax.config import (
+    ClrConfig,
+    CurateConfig,
+    DistillConfig,
+    EvaluateConfig,
+    PipelineConfig,
+    ProbeConfig,
+    RlConfig,
+    SftConfig,
+)
 from vibejax.config_file import ConfigError, load
 from vibejax.verifiers.pool import Pool
 
@@ -21,6 +30,9 @@ SHIPPED = [
     *[(DistillConfig, p) for p in sorted(CONFIGS.glob("distill_*.toml"))],
     *[(CurateConfig, p) for p in sorted(CONFIGS.glob("curate_*.toml"))],
     *[(EvaluateConfig, p) for p in sorted(CONFIGS.glob("evaluate_*.toml"))],
+    *[(ProbeConfig, p) for p in sorted(CONFIGS.glob("probe_*.toml"))],
+    *[(ClrConfig, p) for p in sorted(CONFIGS.glob("clr_*.toml"))],
+    *[(PipelineConfig, p) for p in sorted(CONFIGS.glob("pipeline_*.toml"))],
 ]
 
 
@@ -100,3 +112,7 @@ def test_help_lists_every_field_with_type_default_and_meaning():
         assert f"\n  {name} (" in text
         assert field.description in text
     assert "rollout.group_size (int, default 16)" in text
+
+
+def test_every_shipped_configuration_is_read():
+    assert {p for _, p in SHIPPED} >= {*CONFIGS.glob("*.toml")}

@@ -59,9 +59,7 @@ def small():
         patch.setattr(sharding, "make_mesh", lambda sizes, devices=one: make_mesh(sizes, devices))
         patch.setattr(policy, "load_engine", shared)
         patch.setattr(scores, "TRACES_AT_ONCE", 8)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

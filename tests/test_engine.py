@@ -19,15 +19,6 @@ EOS = (3, 9)
 DEVICE = jax.devices()[:1]
 
 
-@pytest.fixture(autouse=True)
-def quick(request):
-    """Compiling is what these tests spend their time on; bits are those of real programs."""
-    fast = "bit_identical" not in request.node.name
-    jax.config.update("jax_disable_most_optimizations", fast)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params():
     return qwen2.init_params(MODEL, jax.random.key(0))
@@ -132,7 +123,7 @@ WIDE = qwen2.ModelConfig(
 )  # fmt: skip
 
 
-def test_completions_are_bit_identical_whatever_runs_beside_them():
+def test_completions_are_bit_identical_whatever_runs_beside_them(optimised):
     """On SmolLM2's widths, where products do round: order, slots, page size, chunks, a dry pool."""
     params = qwen2.init_params(WIDE, jax.random.key(0))
     random = np.random.default_rng(0)

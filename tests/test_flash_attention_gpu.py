@@ -22,14 +22,6 @@ SMALL = Tiles(forward=Tile(16, 32), dq=Tile(32, 16), dkv=Tile(16, 16))
 T = 77  # not whole tiles
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What the interpreter makes of a kernel takes long to optimize and a moment to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def attend(*args):
     return flash_attention_gpu.attention(*args, SMALL, True)
 

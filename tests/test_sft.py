@@ -161,6 +161,7 @@ def run(folder, out, *settings):
     """The command, on one device; the second run finds the programs that the first compiled."""
     options = [part for pair in [f"out={out}", *settings] for part in ("--set", pair)]
     environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest.py
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

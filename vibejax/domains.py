@@ -11,25 +11,29 @@ DOMAIN_probe.jsonl and DOMAIN_heldout.jsonl (prompts with what verifies them). W
 about is drawn without replacement, so no question stands in two files.
 
 Demonstrations mix ways to answer, as those of the shipped policy do (`arithmetic`): the bare
-answer, short and hard; the way written out, easy; and that written twice, longer than it need be.
-A policy that has learnt all of them gives reinforcement learning something to amplify, and
-Long2Short something to shorten. Those of `instruct` follow all constraints only in some cases.
+answer, short and hard; the way written out, easy; and for sums that written twice, longer than it
+need be. A policy that has learnt all of them gives reinforcement learning something to amplify,
+and Long2Short something to shorten. Those of `instruct` follow all constraints only in some cases.
 """
 
 import argparse
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vibejax.arithmetic import carries
+from vibejax.arithmetic import carries, digits_task
 
-COUNTS = {"sft": 6_000, "hard": 400, "train": 1_024, "probe": 128, "heldout": 512}
-STYLES = {"bare": 0.5, "written": 0.25, "twice": 0.25}
+COUNTS = {"sft": 6_000, "hard": 128, "train": 1_024, "probe": 64, "heldout": 512}
+STYLES = {"bare": 0.6, "written": 0.4}
+MATH_STYLES = {"bare": 0.5, "written": 0.25, "twice": 0.25}
 DEMONSTRATIONS = {"sft": 1, "hard": 2}  # of each prompt
 INSTRUCT_RIGHT = 0.35  # demonstrations of `instruct` that follow all constraints
-WORDS = "cat dog fox owl hen bee ant elk yak emu sun sky sea ice fog hut jar key pen cup".split()
+WORDS = (
+    "cat dog fox owl hen bee ant elk yak emu sun sky sea ice fog hut jar key pen cup "
+    "red tan sad big old wet dry hot low new run sit dig hop fly eat nap row sew win"
+).split()
 ENDINGS = ("yes", "now", "fin", "bye", "too")
 
 Task = tuple[dict, Callable[[random.Random], str]]
@@ -82,11 +86,14 @@ def all_files(seed: int) -> dict[str, list[dict]]:
 
 
 def math_tasks(rng: random.Random) -> Iterator[Task]:
-    """Sums of three-digit numbers."""
-    for pair in rng.sample(range(900 * 900), sum(COUNTS.values())):
+    """Sums of three-digit numbers, none of them one of `arithmetic`."""
+    taken = {record["prompt"] for records in digits_task(0).values() for record in records}
+    for pair in rng.sample(range(900 * 900), 2 * sum(COUNTS.values())):
         a, b = 100 + pair // 900, 100 + pair % 900
         record = {"prompt": f"{a}+{b}=", "verifier": "math", "ground_truth": str(a + b)}
-        yield record, _in_styles(carries(a, b, places=3), f"\\boxed{{{a + b}}}")
+        if record["prompt"] not in taken:
+            answer = f"\\boxed{{{a + b}}}"
+            yield record, _in_styles(carries(a, b, places=3), answer, styles=MATH_STYLES)
 
 
 def code_tasks(rng: random.Random) -> Iterator[Task]:
@@ -159,7 +166,9 @@ def _text(rng: random.Random, count: int, keywords: tuple[str, str], ending: str
     return " ".join([*words, ending])
 
 
-def _in_styles(way: str, answer: str, between: str = " ") -> Callable[[random.Random], str]:
+def _in_styles(
+    way: str, answer: str, between: str = " ", styles: Mapping[str, float] = STYLES
+) -> Callable[[random.Random], str]:
     """Demonstrations of an answer: bare, after the way to it, after that twice."""
     forms = {
         "bare": answer,
@@ -168,7 +177,7 @@ def _in_styles(way: str, answer: str, between: str = " ") -> Callable[[random.Ra
     }
 
     def demonstrate(rng: random.Random) -> str:
-        (style,) = rng.choices([*STYLES], STYLES.values())
+        (style,) = rng.choices([*styles], styles.values())
         return forms[style]
 
     return demonstrate

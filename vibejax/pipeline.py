@@ -173,7 +173,7 @@ def run(config: PipelineConfig, steps: Sequence[Step], start: str | None = None)
 
 
 def table(steps: Sequence[Step]) -> str:
-    """pass@1 with its 95% interval, and pass@n, of every evaluated model, as Markdown."""
+    """Every evaluated model as Markdown: pass@1 with its 95% interval, pass@n, mean length."""
     rows = {
         step.name.removeprefix(f"{EVALUATION}/"): json.loads(
             (step.folder / "results.json").read_text()
@@ -191,8 +191,9 @@ def table(steps: Sequence[Step]) -> str:
 
 
 def _cell(result: Mapping[str, Any]) -> str:
-    low, high = result["avg_interval"]
-    return f"{result['avg']:.3f} ({low:.3f}-{high:.3f}), {result['pass_at'][-1]:.3f}"
+    one, most = result["avg"], result["pass_n"]
+    interval = "{low:.3f}-{high:.3f}".format(**one)
+    return f"{one['mean']:.3f} ({interval}), {most['mean']:.3f}, {result['length']:.0f}"
 
 
 def describe(steps: Sequence[Step]) -> str:
