@@ -18,14 +18,14 @@ from vibejax.losses.distillation import Fate
 NAME = "package:vibejax/quickstart/policy"
 TOML = f"""
 student = "{NAME}"
-samples = 6
+samples = 16
 [domains.sums]
 teachers = ["{NAME}"]
 prompts = "IN/sums.jsonl"
 [rollout]
 max_prompt_tokens = 16
-max_completion_tokens = 56
-slots = 8
+max_completion_tokens = 68
+slots = 32
 window = 8
 page_tokens = 128
 [train]
@@ -33,7 +33,7 @@ row_tokens = 128
 [selection]
 min_tokens = 8
 short_quantile = 0.0
-edges = [20]
+edges = [40]
 min_cell = 2
 """
 SUMS = [
@@ -141,15 +141,15 @@ def test_what_is_chosen_is_right_and_all_completions_are_counted(inputs, whole):
     assert len({(r["prompt"], r["completion"]) for r in chosen}) == len(chosen)
     result = json.loads((whole / "report.json").read_text())
     *cells, together = result["cells"]
-    assert [cell["tokens"] for cell in cells] == ["0-19", "20+"]
-    assert together["sampled"] == 16 * 6 and together["chosen"] == len(chosen)
+    assert [cell["tokens"] for cell in cells] == ["0-39", "40+"]
+    assert together["sampled"] == 16 * 16 and together["chosen"] == len(chosen)
     ends = {*traces.Rejection, *Fate}
     for cell in result["cells"]:
         assert sum(cell[end] for end in ends) == cell["sampled"]
     for step in ("sampled", "accepted", *ends):
         assert sum(cell[step] for cell in cells) == together[step]
     assert result["teachers"] == [
-        {"domain": "sums", "teacher": NAME, "sampled": 96, "accepted": together["accepted"],
+        {"domain": "sums", "teacher": NAME, "sampled": 256, "accepted": together["accepted"],
          "chosen": len(chosen)}
     ]  # fmt: skip
     assert (whole / "report.png").stat().st_size > 1_000
@@ -158,7 +158,7 @@ def test_what_is_chosen_is_right_and_all_completions_are_counted(inputs, whole):
 def test_the_chosen_are_the_upper_scores_of_their_cells(whole):
     scored = read(whole / "scores.jsonl")
     chosen = {record["id"] for record in read(whole / "chosen.jsonl")}
-    for low, high in ((0, 20), (20, 99)):
+    for low, high in ((0, 40), (40, 99)):
         cell = sorted((r["score"], r["id"]) for r in scored if low <= r["length"] < high)
         kept = [(score, name) for score, name in cell if name in chosen]
         inside = [(score, name) for score, name in cell if score <= kept[-1][0]]  # no outliers
@@ -239,7 +239,7 @@ def test_another_selection_costs_nothing_and_another_seed_is_another_run(
     assert len(read(out / "chosen.jsonl")) > len(read(whole / "chosen.jsonl"))
     with pytest.raises(InputError, match="another configuration: seed: 0 -> 1"):
         run(inputs, out, "resume=true", "seed=1")
-    with pytest.raises(InputError, match=r"none is left; 0-19 tokens: .* sparse; 20\+ tokens: "):
+    with pytest.raises(InputError, match=r"none is left; 0-39 tokens: .* sparse; 40\+ tokens: "):
         run(inputs, out, "resume=true", "selection.min_cell=99")
     assert not (out / "chosen.jsonl").exists()
     *_, together = json.loads((out / "report.json").read_text())["cells"]
@@ -306,13 +306,13 @@ def test_shares_mix_the_domains(inputs, whole, tmp_path, monkeypatch):
 
 
 def test_a_domain_without_a_trace_is_named_with_what_became_of_it(inputs, tmp_path):
-    wrong = [[completion("1", outcome="wrong")] * 5 + [completion("1" * 30, stop="length")]] * 16
+    wrong = [[completion("1", outcome="wrong")] * 5 + [completion("1" * 45, stop="length")]] * 16
     config = script(configure(inputs, tmp_path / "out"), wrong)
     with pytest.raises(InputError) as error:
         distill.run(config)
     assert str(error.value) == (
-        "domain sums: of 96 completions none is left; 0-19 tokens: 80 wrong; "
-        "20+ tokens: 16 truncated"
+        "domain sums: of 96 completions none is left; 0-39 tokens: 80 wrong; "
+        "40+ tokens: 16 truncated"
     )
 
 
@@ -386,7 +386,7 @@ def test_bad_input_is_one_line_before_anything_is_sampled(
         (("[domains.sums]", '[domains."../sums"]'), "domains.../sums.[key] = '../sums': String"),
         (("[domains.sums]", "[domain.sums]"), "unknown key domain; did you mean domains?"),
         (("teachers = [", f'teachers = ["{NAME}", '), "domains.sums.teachers: 'package:"),
-        (("[20]", "[50, 20]"), "selection: edges = [50, 20] must rise"),
+        (("[40]", "[50, 20]"), "selection: edges = [50, 20] must rise"),
         (("edges =", "low = 0.9\nhigh = 0.9\nedges ="), "low = 0.9 must be below high = 0.9"),
         (("edges =", "shares = {math = 1}\nedges ="), "selection.shares names math: must name all"),
         (("row_tokens = 128", "row_tokens = 64"), "train.row_tokens = 64 must be at least rollout"),

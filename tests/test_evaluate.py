@@ -12,7 +12,7 @@ import pytest
 import tiny
 from hf_folder import SETTINGS, make_tensors, write_folder
 
-from vibejax import arithmetic, evaluate, policy, run_folder, sharding
+from vibejax import evaluate, policy, run_folder, sharding
 from vibejax.config import EvaluateConfig
 from vibejax.config_file import ConfigError, InputError, load
 from vibejax.data import Prompt
@@ -54,7 +54,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     settings = SETTINGS | {"vocab_size": 35, "num_hidden_layers": 1}
     tensors = {name: t / 4 for name, t in make_tensors(settings, "float32").items()}
-    arithmetic.write_tokenizer(write_folder(folder / "policy", settings, tensors))
+    tiny.write_tokenizer(write_folder(folder / "policy", settings, tensors))
     tiny.write_task(folder / "sums.jsonl", SUMS)
     tiny.write_task(folder / "verl.jsonl", VERL)
     (folder / "evaluate.toml").write_text(TOML.format(folder=folder))

@@ -26,6 +26,7 @@ steps = 6
 [rollout]
 prompts_per_step = 4
 group_size = 4
+refills = 1
 max_prompt_tokens = 8
 max_completion_tokens = 12
 slots = 16
@@ -112,6 +113,7 @@ def test_run_leaves_its_record(folder, uninterrupted):
     assert trained, "no step had a mixed group: the test proves nothing"
     assert max(row["agreement/mean_abs_dlogp"] for row in trained) < 1e-5
     assert max(row["agreement/max_abs_dlogp"] for row in trained) < 1e-3
+    assert sum(row["rollout/refilled"] for row in rows[1:]) > 0
     for row in rows[1:]:
         shares = ("groups_all_right", "groups_all_wrong", "groups_mixed")
         np.testing.assert_allclose(sum(row[f"rollout/{s}"] for s in shares), 1.0)
@@ -212,14 +214,12 @@ def test_options_of_the_objective_run_together(folder, tmp_path):
     options = ["drop_solved=true", "objective.kl=0.1", "objective.updates=2", "steps=5",
                "objective.long2short=0.2", "objective.gamma=0", "heldout=",
                "objective.correction=geometric_mask", "objective.aggregation=token",
-               "rollout.group_size=8", "rollout.refills=2",
-               "objective.mask_truncated=true"]  # fmt: skip
+               "rollout.group_size=8", "objective.mask_truncated=true"]  # fmt: skip
     done = run(folder, tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert 0 < len(json.loads((tmp_path / "out/kept_prompts.json").read_text())) < len(RECORDS)
     kl = [row["policy/reference_kl"] for row in metrics(tmp_path / "out")[1:]]
     assert kl[-1] > 0  # the policy has moved away from where it began
-    assert sum(row["rollout/refilled"] for row in metrics(tmp_path / "out")[1:]) > 0
 
 
 def test_a_fresh_run_gets_a_numbered_folder(folder, tmp_path):

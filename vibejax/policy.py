@@ -1,5 +1,6 @@
 """A checkpoint that completes prompts: what stages that sample but do not train have in common."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vibejax import data, qwen2, rollout, sharding, tokenizer, weights
+from vibejax.completions import Completion
 from vibejax.config import MeshConfig, SamplerConfig
 from vibejax.data import Prompt
 from vibejax.engine import Engine, engine_mesh
@@ -18,6 +20,7 @@ from vibejax.locations import resolve
 from vibejax.qwen2 import ModelConfig
 from vibejax.run_folder import Log, RunError, read_log
 from vibejax.tokenizer import Tokenizer
+from vibejax.verifiers import Verdict
 from vibejax.verifiers.pool import Pool
 
 
@@ -137,46 +140,47 @@ def answers(
     Raises:
         RunError: the logits are not numbers.
     """
-    log = Log(path, len(read_log(path)))
     digests = [_digest(prompt.record) for prompt in prompts]
-    found = {(row["prompt"], row["record_sha256"]): row["completions"] for row in log.rows}
-    missing = [n for n, digest in enumerate(digests) if (n, digest) not in found]
-    if missing:
-        groups = rollout.groups(
-            load(),
-            policy.tokenizer,
-            [prompts[n] for n in missing],
-            pool,
-            samples=samples,
-            max_tokens=config.max_completion_tokens,
-            how=rollout.draws(config, policy.tokenizer.eos_ids),
-            seed=seed,
-            step=0,
-        )
+    with contextlib.closing(Log(path, len(read_log(path)))) as log:
+        found = {(row["prompt"], row["record_sha256"]): row["completions"] for row in log.rows}
+        missing = [n for n, digest in enumerate(digests) if (n, digest) not in found]
+        groups = ()
+        if missing:
+            groups = rollout.groups(
+                load(),
+                policy.tokenizer,
+                [prompts[n] for n in missing],
+                pool,
+                samples=samples,
+                max_tokens=config.max_completion_tokens,
+                how=rollout.draws(config, policy.tokenizer.eos_ids),
+                seed=seed,
+                step=0,
+            )
         for place, completions, verdicts in groups:
             if any(c.stop == "not_finite" for c in completions):
                 raise RunError(f"{policy.name}: the model's logits are not numbers")
             n = missing[place]
-            rows = [
-                {
-                    "text": policy.tokenizer.decode(c.text_ids),
-                    "length": len(c.tokens),
-                    "stop": c.stop,
-                    "correct": v.correct,
-                    "reward": v.reward,
-                    "outcome": v.outcome,
-                    "answer": v.answer,
-                }
-                for c, v in zip(completions, verdicts, strict=True)
-            ]
+            rows = [_row(policy, c, v) for c, v in zip(completions, verdicts, strict=True)]
             found[n, digests[n]] = rows
             row = {"prompt": n, "record_sha256": digests[n], "completions": rows}
             log.write(len(log.rows) + 1, row)
-    log.close()
     return [
         Answers(prompt, found[n, digest])
         for n, (prompt, digest) in enumerate(zip(prompts, digests, strict=True))
     ]
+
+
+def _row(policy: Policy, completion: Completion, verdict: Verdict) -> dict[str, Any]:
+    return {
+        "text": policy.tokenizer.decode(completion.text_ids),
+        "length": len(completion.tokens),
+        "stop": completion.stop,
+        "correct": verdict.correct,
+        "reward": verdict.reward,
+        "outcome": verdict.outcome,
+        "answer": verdict.answer,
+    }
 
 
 def _digest(record: data.Record) -> str:
