@@ -198,6 +198,10 @@ def test_resume_of_a_finished_run_changes_nothing(folder, uninterrupted):
         (["prompts=missing.jsonl", "out=x"], "missing.jsonl: no such file"),
         (["policy=missing", "out=x"], "missing: no such file or folder"),
         (["mesh.fsdp=3", "out=x"], "fsdp=3 x context=1 x tensor=1 needs 3 devices, found 1"),
+        (
+            ["curriculum_steps=2", "out=x"],
+            "prompt 1: a curriculum needs its 'accuracy' between 0 and",
+        ),
         (["train.microbatch_rows=0"], "train.microbatch_rows = 0: must be greater than"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -15,14 +15,11 @@ import contextlib
 import dataclasses
 import datetime
 import gc
-import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +28,7 @@ from typing import Any
 import jax
 
 from vibejax import config as configs
-from vibejax import weights
-from vibejax.checkpoint_reader import checksums
+from vibejax import manifest
 from vibejax.config import PipelineConfig, StageConfig
 from vibejax.config_file import (
     ConfigError,
@@ -44,7 +40,7 @@ from vibejax.config_file import (
     validated,
 )
 from vibejax.locations import resolve
-from vibejax.run_folder import RunError, read_log
+from vibejax.run_folder import RunError
 from vibejax.safetensors_folder import write_json
 from vibejax.verifiers.pool import VerifierFailure
 
@@ -60,7 +56,6 @@ CONFIGURED: Mapping[str, type[Section]] = {
 WITH_ARGUMENTS = ("domains", "generate", "merge", "weights")
 EVALUATION = "evaluation"
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
-PACKAGES = ("vibejax", "jax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +290,7 @@ def _filled(value: Any, folders: Mapping[str, str], where: str) -> Any:
 def _run_step(step: Step) -> None:
     """Runs a step to its end, from where it stopped if it can, and writes its manifest."""
     began, start = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    inputs = _inputs(step)
+    inputs = manifest.inputs(_plain(step.settings), step.folder)
     module = importlib.import_module(
         "vibejax.curate.__main__" if step.command == "curate" else f"vibejax.{step.command}"
     )
@@ -317,25 +312,28 @@ def _run_step(step: Step) -> None:
     finally:
         jax.clear_caches()  # the programs of the next stage are others
         gc.collect()
-    manifest = {
+    written = {
         "stage": step.name,
         "command": step.command,
         "settings": _plain(step.settings),
         "inputs": inputs,
-        "outputs": _outputs(step.folder),
-        "metrics": _metrics(step.folder),
-        "git": _git_revision(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "outputs": manifest.outputs(step.folder),
+        "metrics": manifest.metrics(step.folder),
+        "git": manifest.git_revision(),
+        "versions": manifest.versions(),
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_json(step.manifest, manifest)
+    write_json(step.manifest, written)
 
 
 def _check_unchanged(step: Step) -> None:
     """Raises RunError where a finished step would run otherwise today."""
     stored = json.loads(step.manifest.read_text())
-    for what, now in (("settings", _plain(step.settings)), ("inputs", _inputs(step))):
+    for what, now in (
+        ("settings", _plain(step.settings)),
+        ("inputs", manifest.inputs(_plain(step.settings), step.folder)),
+    ):
         if stored[what] == now:
             continue
         difference = next(
@@ -355,60 +353,6 @@ def _check_unchanged(step: Step) -> None:
 
 def _plain(settings: Section | list[str]) -> Any:
     return settings.model_dump(mode="json") if isinstance(settings, Section) else settings
-
-
-def _inputs(step: Step) -> dict[str, dict[str, str]]:
-    """Value -> the sums of the files it names, of every value that names a file or a checkpoint."""
-    found = {}
-    for text in sorted(set(_strings(_plain(step.settings)))):
-        if Path(text) == step.folder or Path(text).is_relative_to(step.folder):
-            continue
-        with contextlib.suppress(InputError, OSError, ValueError):
-            path = resolve(text)
-            if path.is_file():
-                found[text] = {path.name: _sha256(path)}
-            elif path.is_dir():
-                found[text] = checksums(weights.locate(text))
-    return found
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
-    elif isinstance(value, str) and value:
-        yield value
-
-
-def _outputs(folder: Path) -> dict[str, str]:
-    """The sums of a step's own files and of its final model."""
-    files = [path for part in (folder, folder / "final") for path in sorted(part.glob("*"))]
-    return {str(path.relative_to(folder)): _sha256(path) for path in files if path.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _metrics(folder: Path) -> dict[str, Any]:
-    """The last of a training run's metrics, or what a command says it found."""
-    rows = read_log(folder / "metrics.jsonl")
-    if rows:
-        return rows[-1]
-    for name in ("results.json", "probe.json", "report.json", "merge.json"):
-        if (folder / name).is_file():
-            return json.loads((folder / name).read_text())
-    return {}
-
-
-def _git_revision() -> str | None:
-    """Of the source tree that this module lies in; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or None
-    return None
 
 
 def _set_aside(folder: Path) -> None:

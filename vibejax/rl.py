@@ -101,6 +101,8 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     began = time.perf_counter()
     setup = set_up(config)
     prompts = _prompts(setup, config.prompts)
+    if config.curriculum_steps:
+        data.easiest(prompts, 1.0, at_least=1)  # names a record without accuracy before all else
     heldout = _prompts(setup, config.heldout)[: config.eval.prompts] if config.heldout else []
     folder = run_folder.open_run(config, "rl")
     with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(setup.mesh):
