@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vibejax import config_file, policy, qwen2, run_folder, sft, sharding, weights
+from vibejax import config_file, policy, qwen2, run_folder, sft, sharding, tokenizer, weights
 from vibejax.config import DistillConfig, SftConfig
 from vibejax.config_file import ConfigError, InputError, load
 from vibejax.distill import __main__ as distill
@@ -31,7 +31,7 @@ page_tokens = 128
 [train]
 row_tokens = 128
 [selection]
-min_tokens = 8
+min_tokens = 6
 short_quantile = 0.0
 edges = [40]
 min_cell = 2
@@ -133,10 +133,11 @@ def copy_of_the_teacher(folder):
 def test_what_is_chosen_is_right_and_all_completions_are_counted(inputs, whole):
     chosen = read(whole / "chosen.jsonl")
     assert len(chosen) >= 5
+    tokens = tokenizer.load(weights.locate(NAME))
     for record in chosen:
         a, b = record["prompt"].rstrip("=").split("+")
         assert f"\\boxed{{{int(a) + int(b)}}}" in record["completion"]
-        assert record["length"] == len(record["completion"]) + 1
+        assert record["length"] == len(tokens.encode(record["completion"])) + 1
         assert record["domain"] == "sums" and record["teacher"] == NAME
     assert len({(r["prompt"], r["completion"]) for r in chosen}) == len(chosen)
     result = json.loads((whole / "report.json").read_text())

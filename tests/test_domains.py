@@ -1,6 +1,7 @@
 """The generated domains: nothing is in two files, and demonstrations are what they say."""
 
 import collections
+import hashlib
 import itertools
 
 import pytest
@@ -28,8 +29,17 @@ def test_no_question_is_in_two_files_and_none_twice(files):
         held = {r["prompt"].split(pair)[0] + r["prompt"].split(pair)[1][:3]
                 for r in files[f"{domain}_heldout"]}  # fmt: skip
         learnt = {r["prompt"].split(pair)[0] + r["prompt"].split(pair)[1][:3]
-                  for r in files["sft"] if r["domain"] == domain}  # fmt: skip
+                  for r in files["base"] + files["sft"] if r["domain"] == domain}  # fmt: skip
         assert held and learnt and not held & learnt
+
+
+def test_base_is_what_the_shipped_policy_has_read(files):
+    """A change of what is drawn could put prompts that it knows into another file."""
+    prompts = "".join(record["prompt"] for record in files["base"])
+    digest = hashlib.sha256(prompts.encode()).hexdigest()
+    assert digest == "9decd986a8dd55037a3eb839d895118b66fb7914a6767c8fb2ef952496f27e70", (
+        "make the shipped policy anew: configs/quickstart_sft.toml"
+    )
 
 
 def test_files_are_a_function_of_the_seed(files):

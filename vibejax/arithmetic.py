@@ -1,6 +1,6 @@
 """Generated arithmetic: demonstrations and prompts whose answers are known.
 
-    python -m vibejax.arithmetic digits DST    the task of the shipped policy: three-digit sums
+    python -m vibejax.arithmetic digits DST    the quickstart's task: three-digit sums
     python -m vibejax.arithmetic chat DST      sums of numbers up to 24 as chat prompts
 
 `digits` writes tokenizer.json, sft.jsonl, train.jsonl and heldout.jsonl. Its demonstrations mix
@@ -22,7 +22,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 END = "<|end|>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-STRINGS = ("```python\ndef f(x):\n return ", "\n```")  # of one token each
+STRINGS = ("\\boxed{", "```python\ndef f(x):\n return ", "\n```")  # of one token each
 STYLE_SHARES = {"bare": 0.6, "carries": 0.3, "twice": 0.1}
 DIGITS_COUNTS = {"sft": 20_000, "train": 4_096, "heldout": 1_024}
 CHAT_COUNTS = {"train": 320, "heldout": 256}

@@ -5,12 +5,13 @@
     stem      one of four options:              "482-137? A 345 B 355 C 245 D 344"
     instruct  a text under constraints:         "5 words, fox, owl, end yes:"
 
-DST gets, over all domains, sft.jsonl (demonstrations) and hard.jsonl (several demonstrations of a
-prompt, of which a second stage keeps the hard ones); and for each domain DOMAIN_train.jsonl,
-DOMAIN_probe.jsonl and DOMAIN_heldout.jsonl (prompts with what verifies them). What a prompt asks
-about is drawn without replacement, so no question stands in two files.
+DST gets, over all domains, base.jsonl (demonstrations, those of which the shipped policy was made),
+sft.jsonl (others) and hard.jsonl (several demonstrations of a prompt, of which a second stage keeps
+the hard ones); and for each domain DOMAIN_train.jsonl, DOMAIN_probe.jsonl and DOMAIN_heldout.jsonl
+(prompts with what verifies them). What a prompt asks about is drawn without replacement, so no
+question stands in two files.
 
-Demonstrations mix ways to answer, as those of the shipped policy do (`arithmetic`): the bare
+Demonstrations mix ways to answer: the bare
 answer, short and hard; the way written out, easy; and for sums that written twice, longer than it
 need be. A policy that has learnt all of them gives reinforcement learning something to amplify,
 and Long2Short something to shorten. Those of `instruct` follow all constraints only in some cases.
@@ -25,10 +26,12 @@ from pathlib import Path
 
 from vibejax.arithmetic import carries, digits_task
 
-COUNTS = {"sft": 6_000, "hard": 128, "train": 1_024, "probe": 64, "heldout": 512}
+# The shipped policy has read base.jsonl of seed 0. Other counts draw other prompts, of which it has
+# read some: it must then be made anew.
+COUNTS = {"base": 20_000, "sft": 6_000, "hard": 128, "train": 1_024, "probe": 64, "heldout": 512}
 STYLES = {"bare": 0.6, "written": 0.4}
 MATH_STYLES = {"bare": 0.5, "written": 0.25, "twice": 0.25}
-DEMONSTRATIONS = {"sft": 1, "hard": 2}  # of each prompt
+DEMONSTRATIONS = {"base": 1, "sft": 1, "hard": 2}  # of each prompt
 INSTRUCT_RIGHT = 0.35  # demonstrations of `instruct` that follow all constraints
 WORDS = (
     "cat dog fox owl hen bee ant elk yak emu sun sky sea ice fog hut jar key pen cup "
