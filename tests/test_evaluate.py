@@ -123,6 +123,12 @@ def test_a_stopped_run_ends_as_if_it_had_not(ran, tmp_path):
     assert results(out)["sets"] == results(ran / "out")["sets"]
 
 
+def test_greedy_completions_of_a_problem_are_all_the_same(ran, tmp_path):
+    run(ran, tmp_path / "out", "rollout.temperature=0", "samples=3")
+    for row in run_folder.read_log(tmp_path / "out/completions/sums.jsonl"):
+        assert len({completion["text"] for completion in row["completions"]}) == 1
+
+
 def test_other_weights_are_another_run(ran, tmp_path, never_sampled):
     out = shutil.copytree(ran / "out", tmp_path / "out")
     held = json.loads((out / "checkpoint.json").read_text())

@@ -261,6 +261,7 @@ class RlConfig(Section):
 class EvaluationRolloutConfig(SamplerConfig):
     """How completions are sampled where a policy is judged by them."""
 
+    temperature: NotNegative = _field(1.0, "divides the logits; 0 decodes greedily")
     top_p: Share = _field(0.95, "probability mass kept by nucleus sampling; the report's: 0.95")
 
 

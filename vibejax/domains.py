@@ -2,7 +2,7 @@
 
     math      a sum of three digits:            "123+456="
     code      a program, run in the sandbox:    "f(x)=x*3+17+25"
-    stem      one of four options:              "482-137? A 345 B 355 C 245 D 344"
+    stem      one of four options:              "482-137? 345 A 612 B 123 C 507 D"
     instruct  a text under constraints:         "5 words, fox, owl, end yes:"
 
 DST gets, over all domains, base.jsonl (demonstrations, those of which the shipped policy was made),
@@ -11,10 +11,10 @@ the hard ones); and for each domain DOMAIN_train.jsonl, DOMAIN_probe.jsonl and D
 (prompts with what verifies them). What a prompt asks about is drawn without replacement, so no
 question stands in two files.
 
-Demonstrations mix ways to answer: the bare
-answer, short and hard; the way written out, easy; and for sums that written twice, longer than it
-need be. A policy that has learnt all of them gives reinforcement learning something to amplify,
-and Long2Short something to shorten. Those of `instruct` follow all constraints only in some cases.
+Demonstrations mix ways to answer: the bare answer, short and hard; the way written out, easy; and
+for sums that after the numbers in full, longer than it need be. A policy that has learnt all of
+them gives reinforcement learning something to amplify, and Long2Short something to shorten. Those
+of `instruct` follow all constraints only in some cases.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from vibejax.arithmetic import carries, digits_task
 # read some: it must then be made anew.
 COUNTS = {"base": 20_000, "sft": 6_000, "hard": 128, "train": 1_024, "probe": 64, "heldout": 512}
 STYLES = {"bare": 0.6, "written": 0.4}
-MATH_STYLES = {"bare": 0.5, "written": 0.25, "twice": 0.25}
+MATH_STYLES = {"bare": 0.5, "written": 0.25, "in full": 0.25}
 DEMONSTRATIONS = {"base": 1, "sft": 1, "hard": 2}  # of each prompt
-INSTRUCT_RIGHT = 0.35  # demonstrations of `instruct` that follow all constraints
+INSTRUCT_RIGHT = 0.5  # demonstrations of `instruct` that follow all constraints
 WORDS = (
     "cat dog fox owl hen bee ant elk yak emu sun sky sea ice fog hut jar key pen cup "
     "red tan sad big old wet dry hot low new run sit dig hop fly eat nap row sew win"
@@ -96,7 +96,10 @@ def math_tasks(rng: random.Random) -> Iterator[Task]:
         record = {"prompt": f"{a}+{b}=", "verifier": "math", "ground_truth": str(a + b)}
         if record["prompt"] not in taken:
             answer = f"\\boxed{{{a + b}}}"
-            yield record, _in_styles(carries(a, b, places=3), answer, styles=MATH_STYLES)
+            way = carries(a, b, places=3)
+            forms = {"bare": answer, "written": f"{way} {answer}"}
+            forms["in full"] = f"{in_full(a)} {in_full(b)} {way} {answer}"
+            yield record, _in_styles(forms, MATH_STYLES)
 
 
 def code_tasks(rng: random.Random) -> Iterator[Task]:
@@ -111,20 +114,30 @@ def code_tasks(rng: random.Random) -> Iterator[Task]:
             "tests": {"type": "call", "function": "f", "cases": cases},
         }
         program = f"```python\ndef f(x):\n return x*{m}+{a + b}\n```"
-        yield record, _in_styles(carries(a, b, places=2), program, between="\n")
+        written = f"{carries(a, b, places=2)}\n{program}"
+        yield record, _in_styles({"bare": program, "written": written})
 
 
 def stem_tasks(rng: random.Random) -> Iterator[Task]:
-    """Differences of three-digit numbers, the right one among four options."""
+    """Differences of three-digit numbers, the right one among four options.
+
+    The options are so far apart that no two begin alike, and each stands before its letter: a small
+    policy learns to look up what it has worked out, but not to look before it.
+    """
     pairs = rng.sample([*itertools.combinations(range(100, 1_000), 2)], sum(COUNTS.values()))
     for b, a in pairs:
-        near = [a - b + apart for apart in (-100, -10, -1, 1, 10, 100)]
-        options = [a - b, *rng.sample([number for number in near if number > 0], 3)]
+        options = [a - b]
+        while len(options) < 4:
+            other = rng.randrange(1, 900)
+            if all(str(other)[0] != str(option)[0] for option in options):
+                options.append(other)
         rng.shuffle(options)
         letter = "ABCD"[options.index(a - b)]
-        listed = " ".join(f"{name} {value}" for name, value in zip("ABCD", options, strict=True))
+        listed = " ".join(f"{value} {name}" for name, value in zip("ABCD", options, strict=True))
         record = {"prompt": f"{a}-{b}? {listed}\n", "verifier": "choice", "ground_truth": letter}
-        yield record, _in_styles(f"{borrows(a, b)} {a - b}", f"\\boxed{{{letter}}}")
+        bare = f"\\boxed{{{letter}}}"
+        written = f"{borrows(a, b)} {a - b} {letter} {bare}"
+        yield record, _in_styles({"bare": bare, "written": written})
 
 
 def borrows(a: int, b: int) -> str:
@@ -139,7 +152,7 @@ def borrows(a: int, b: int) -> str:
 
 def instruct_tasks(rng: random.Random) -> Iterator[Task]:
     """Texts of a number of words, with two given ones, ending in a third."""
-    asked = itertools.product(range(4, 9), itertools.permutations(WORDS, 2), ENDINGS)
+    asked = itertools.product(range(4, 8), itertools.permutations(WORDS, 2), ENDINGS)
     for count, keywords, ending in rng.sample([*asked], sum(COUNTS.values())):
         rules = {
             "length:words": {"at_least": count, "at_most": count},
@@ -160,7 +173,7 @@ def instruct_tasks(rng: random.Random) -> Iterator[Task]:
 
 
 def _text(rng: random.Random, count: int, keywords: tuple[str, str], ending: str) -> str:
-    """A demonstration, which breaks one or two of the constraints in most cases."""
+    """A demonstration, which in some cases breaks one or two of the constraints."""
     if rng.random() > INSTRUCT_RIGHT:
         count = max(3, count + rng.choice([-2, -1, 0, 1, 2]))
         keywords = tuple(word if rng.random() < 0.7 else rng.choice(WORDS) for word in keywords)
@@ -170,20 +183,21 @@ def _text(rng: random.Random, count: int, keywords: tuple[str, str], ending: str
 
 
 def _in_styles(
-    way: str, answer: str, between: str = " ", styles: Mapping[str, float] = STYLES
+    forms: Mapping[str, str], styles: Mapping[str, float] = STYLES
 ) -> Callable[[random.Random], str]:
-    """Demonstrations of an answer: bare, after the way to it, after that twice."""
-    forms = {
-        "bare": answer,
-        "written": way + between + answer,
-        "twice": f"{way} {way}{between}{answer}",
-    }
+    """Demonstrations in one of several forms, by their shares."""
 
     def demonstrate(rng: random.Random) -> str:
         (style,) = rng.choices([*styles], styles.values())
         return forms[style]
 
     return demonstrate
+
+
+def in_full(number: int) -> str:
+    """A number of three digits as the sum of its places."""
+    hundreds, tens, ones = number // 100, number // 10 % 10, number % 10
+    return f"{number}={hundreds}00+{tens}0+{ones}"
 
 
 if __name__ == "__main__":
