@@ -2,7 +2,7 @@
 
     math      a sum of three digits:            "123+456="
     code      a program, run in the sandbox:    "f(x)=x*3+17+25"
-    stem      one of four options:              "482-137? 345 A 612 B 123 C 507 D"
+    stem      one of four options:              "482-137 tens: A 0-2 B 3-4 C 5-7 D 8-9"
     instruct  a text under constraints:         "5 words, fox, owl, end yes:"
 
 DST gets, over all domains, base.jsonl (demonstrations, those of which the shipped policy was made),
@@ -37,6 +37,7 @@ WORDS = (
     "cat dog fox owl hen bee ant elk yak emu sun sky sea ice fog hut jar key pen cup "
     "red tan sad big old wet dry hot low new run sit dig hop fly eat nap row sew win"
 ).split()
+TENS = "AAABBCCCDD"  # letter of the range that each digit lies in
 ENDINGS = ("yes", "now", "fin", "bye", "too")
 
 Task = tuple[dict, Callable[[random.Random], str]]
@@ -119,25 +120,22 @@ def code_tasks(rng: random.Random) -> Iterator[Task]:
 
 
 def stem_tasks(rng: random.Random) -> Iterator[Task]:
-    """Differences of three-digit numbers, the right one among four options.
+    """Differences of three-digit numbers: among which of four ranges is the tens digit?
 
-    The options are so far apart that no two begin alike, and each stands before its letter: a small
-    policy learns to look up what it has worked out, but not to look before it.
+    The ranges are always the same. To look an answer up among options that change is more than a
+    policy of this size learns in minutes.
     """
     pairs = rng.sample([*itertools.combinations(range(100, 1_000), 2)], sum(COUNTS.values()))
     for b, a in pairs:
-        options = [a - b]
-        while len(options) < 4:
-            other = rng.randrange(1, 900)
-            if all(str(other)[0] != str(option)[0] for option in options):
-                options.append(other)
-        rng.shuffle(options)
-        letter = "ABCD"[options.index(a - b)]
-        listed = " ".join(f"{value} {name}" for name, value in zip("ABCD", options, strict=True))
-        record = {"prompt": f"{a}-{b}? {listed}\n", "verifier": "choice", "ground_truth": letter}
+        tens = (a - b) // 10 % 10
+        letter = TENS[tens]
+        record = {
+            "prompt": f"{a}-{b} tens: A 0-2 B 3-4 C 5-7 D 8-9\n",
+            "verifier": "choice",
+            "ground_truth": letter,
+        }
         bare = f"\\boxed{{{letter}}}"
-        written = f"{borrows(a, b)} {a - b} {letter} {bare}"
-        yield record, _in_styles({"bare": bare, "written": written})
+        yield record, _in_styles({"bare": bare, "written": f"{borrows(a, b)} {tens} {bare}"})
 
 
 def borrows(a: int, b: int) -> str:
