@@ -22,6 +22,9 @@ import logging
 import os
 import platform
 import re
+import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -56,14 +59,14 @@ class Place(NamedTuple):
     """Where a process stands among those of its run.
 
     Attributes:
-        coordinator: HOST:PORT of process 0.
-        processes: how many there are.
-        process: which of them this is, from 0.
+        coordinator_address: HOST:PORT of process 0.
+        num_processes: how many there are.
+        process_id: which of them this is, from 0.
     """
 
-    coordinator: str
-    processes: int
-    process: int
+    coordinator_address: str
+    num_processes: int
+    process_id: int
 
 
 _rounds = itertools.count()
@@ -103,32 +106,46 @@ def start() -> None:
         StartError: what it tells cannot be used, or not all come in time.
     """
     place = place_from(os.environ)
+    if place is None and jax.config.jax_platforms == "cpu":
+        return  # a pod's worker that is to compute on its own CPU
     seconds = START_S
     if os.environ.get("VIBEJAX_START_S"):
         seconds = _positive(os.environ, "VIBEJAX_START_S")
-    timeouts = {
-        "initialization_timeout": seconds,
-        "heartbeat_timeout_seconds": HEARTBEAT_S,
-        "shutdown_timeout_seconds": SHUTDOWN_S,
-    }
-    if place is None and jax.config.jax_platforms == "cpu":
-        return  # a pod's worker that is to compute on its own CPU
+    # Given all of it, JAX leaves all devices of the host to its one process.
+    known = {} if place is None else place._asdict() | {"cluster_detection_method": "deactivate"}
+    # JAX's own limit ends the process with a stack trace; nothing can be raised from there.
+    limit = threading.Timer(seconds, _give_up, (place, seconds))
+    limit.daemon = True
+    limit.start()
     try:
-        if place is not None:
-            # Given all of it, JAX leaves all devices of the host to its one process.
-            jax.distributed.initialize(*place, cluster_detection_method="deactivate", **timeouts)
-        else:
-            jax.distributed.initialize(**timeouts)
-    except ValueError as error:
-        if place is not None:
+        jax.distributed.initialize(
+            **known,
+            initialization_timeout=2 * seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=SHUTDOWN_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        if place is not None or not isinstance(error, ValueError):
             raise StartError(f"{_named(place)}: {error}") from None
-        LOG.debug("one process: %s", error)  # JAX knows of no others
-    except RuntimeError as error:
-        where = "the others" if place is None else _named(place)
-        raise StartError(
-            f"{where}: not all processes came within {seconds} s (VIBEJAX_START_S): "
-            f"{str(error).splitlines()[0][:200]}"
-        ) from None
+        # JAX knows of no others.
+    finally:
+        limit.cancel()
+
+
+def _give_up(place: Place | None, seconds: int) -> None:
+    """Ends this process, which others have not joined in time."""
+    missing = "not all processes came"
+    if place is not None and place.process_id:
+        host, _, port = place.coordinator_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=LOOK_S).close()
+        except OSError as error:
+            missing = f"no coordinator answers ({error})"
+    print(
+        f"error: {_named(place)}: {missing} within {seconds} s (VIBEJAX_START_S)", file=sys.stderr
+    )
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def place_from(environment: Mapping[str, str]) -> Place | None:
@@ -147,12 +164,13 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
             _positive(environment, "VIBEJAX_PROCESSES"),
             _natural(environment, "VIBEJAX_PROCESS"),
         )
-        if not re.fullmatch(r".+:\d+", place.coordinator):
-            raise StartError(f"VIBEJAX_COORDINATOR = {place.coordinator!r}: must be HOST:PORT")
-        if place.process >= place.processes:
+        address = place.coordinator_address
+        if not re.fullmatch(r".+:\d+", address):
+            raise StartError(f"VIBEJAX_COORDINATOR = {address!r}: must be HOST:PORT")
+        if place.process_id >= place.num_processes:
             raise StartError(
-                f"VIBEJAX_PROCESS = {place.process}: must be below VIBEJAX_PROCESSES = "
-                f"{place.processes}"
+                f"VIBEJAX_PROCESS = {place.process_id}: must be below VIBEJAX_PROCESSES = "
+                f"{place.num_processes}"
             )
         return place
     if not all(name in environment for name in _SLURM):
@@ -170,8 +188,13 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
     return Place(f"{prefix}{number or ''}:{port}", tasks, _natural(environment, "SLURM_PROCID"))
 
 
-def _named(place: Place) -> str:
-    return f"process {place.process} of {place.processes}, coordinator {place.coordinator}"
+def _named(place: Place | None) -> str:
+    if place is None:
+        return "the processes that JAX found"
+    return (
+        f"process {place.process_id} of {place.num_processes}, coordinator "
+        f"{place.coordinator_address}"
+    )
 
 
 def _natural(environment: Mapping[str, str], name: str) -> int:
