@@ -13,13 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import jax
-
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
-
 import harness
+import jax
 import numpy as np
 import test_train
 import tiny
@@ -31,6 +26,9 @@ DEVICES = 8
 
 
 def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_disable_most_optimizations", True)
     test_train.MODEL = tiny.model_config(vocab=128, heads=8, kv_heads=8)  # tensor = 8 divides it
     one = test_train.gradient({}, 64, 1)
     good = True
