@@ -95,7 +95,7 @@ def joined(config: Section) -> Iterator[None]:
         raise
     except Exception as error:
         line = f"{error}" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        _state.client.key_value_set(f"{FAILED}/{_state.process_id}", line.splitlines()[0])
+        _state.client.key_value_set(f"{FAILED}/{process()}", line.splitlines()[0])
         raise
 
 
@@ -210,9 +210,19 @@ def _positive(environment: Mapping[str, str], name: str) -> int:
     return number
 
 
+def count() -> int:
+    """How many processes the run has."""
+    return _state.num_processes
+
+
+def process() -> int:
+    """Which of them this is, from 0."""
+    return _state.process_id
+
+
 def first() -> bool:
     """Whether this is the process that writes what there is one of, process 0."""
-    return _state.process_id == 0
+    return process() == 0
 
 
 def announce(text: Any) -> None:
@@ -279,9 +289,9 @@ def gather(value: Any) -> list[Any]:
     if _state.client is None:
         return [value]
     name = next(_rounds)
-    _state.client.key_value_set(f"vibejax/{name}/{_state.process_id}", json.dumps(value))
+    _state.client.key_value_set(f"vibejax/{name}/{process()}", json.dumps(value))
     if first():
-        values = [_told(f"vibejax/{name}/{process}") for process in range(_state.num_processes)]
+        values = [_told(f"vibejax/{name}/{number}") for number in range(count())]
         _state.client.key_value_set(f"vibejax/{name}/all", f"[{', '.join(values)}]")
         if name:  # all are here, so nobody reads the round before any more
             _state.client.key_value_delete(f"vibejax/{name - 1}")
@@ -308,7 +318,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 @contextlib.contextmanager
 def log_file(folder: Path) -> Iterator[None]:
     """Has this process log to logs/process-K.log of a run's folder, for as long as it lasts."""
-    path = folder / "logs" / f"process-{_state.process_id}.log"
+    path = folder / "logs" / f"process-{process()}.log"
     path.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -316,7 +326,7 @@ def log_file(folder: Path) -> Iterator[None]:
     LOG.setLevel(logging.INFO)
     devices = jax.local_devices()
     LOG.info(
-        "process %d of %d, %d x %s", _state.process_id, _state.num_processes, len(devices),
+        "process %d of %d, %d x %s", process(), count(), len(devices),
         devices[0].device_kind,
     )  # fmt: skip
     try:

@@ -31,12 +31,12 @@ OWN = ("token", "target", "sampler_logprob")  # what a process knows of its own 
 
 def share(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
     """The prompts that this process completes."""
-    return prompts[jax.process_index() :: jax.process_count()]
+    return prompts[distributed.process() :: distributed.count()]
 
 
 def joined(own: Rollout, prompts: Sequence[Prompt]) -> Rollout:
     """The rollout of all prompts, of which each process has sampled its `share`."""
-    processes = jax.process_count()
+    processes = distributed.count()
     if processes == 1:
         return own
     told = distributed.gather(
@@ -51,7 +51,7 @@ def joined(own: Rollout, prompts: Sequence[Prompt]) -> Rollout:
     completions, verdicts = [], []
     for n in range(len(prompts)):
         place, process = divmod(n, processes)
-        if process == jax.process_index():
+        if process == distributed.process():
             completions.append(own.completions[place])
             verdicts.append(own.verdicts[place])
             continue
@@ -89,7 +89,7 @@ def place(rows: Rows, mesh: Mesh) -> Batch:
     Raises:
         ValueError: B or T does not divide over the mesh; the message names the axis.
     """
-    if jax.process_count() == 1:
+    if distributed.count() == 1:
         return train.place(rows, mesh)
     known = train.place({name: x for name, x in rows.items() if name not in OWN}, mesh)
     own = {name: _one_each(rows[name], mesh) for name in OWN if name in rows}

@@ -326,7 +326,7 @@ def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh |
         mesh, away = None, mesh  # no program moves from the mesh of all to that of one
 
     def moved(held: Params, shapes: Params) -> Params:
-        return held if away is None else _to_process(held, shapes)
+        return held if away is None else _to_process(held, shapes, params["norm"].sharding.mesh)
 
     shapes = sampler_shapes(config, dtype, away)
     layers = [
@@ -354,8 +354,8 @@ def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) ->
     return shapes | {"layers": [shapes["layers"]] * config.layers}
 
 
-def _to_process(held: Params, shapes: Params) -> Params:
-    """Arrays over the devices of all processes, laid out as `shapes` say on this one's.
+def _to_process(held: Params, shapes: Params, mesh: Mesh) -> Params:
+    """Arrays over the `mesh` of all processes, laid out as `shapes` say on the devices of this one.
 
     All devices get the whole; this process's copies then become an array of its own, from which
     each device keeps its part. All processes must call.
@@ -367,7 +367,6 @@ def _to_process(held: Params, shapes: Params) -> Params:
         local = jax.make_array_from_single_device_arrays(w.shape, whole, copies)
         return jax.device_put(local, shape.sharding)
 
-    mesh = jax.tree.leaves(held)[0].sharding.mesh
     return jax.tree.map(to_process, _whole_everywhere(held, mesh), shapes)
 
 

@@ -210,9 +210,9 @@ def sum_documents(
     """
     row_plan, rows = _rows(documents, config, mesh)
     sums, logprobs = step.zeros(), []
-    for part, real in packing.microbatches(rows, config.microbatch_rows):
+    for part in packing.microbatches(rows, config.microbatch_rows):
         sums, logprob_BT = step.accumulate(params, sums, place(part, mesh))
-        logprobs.append(logprob_BT[:real])
+        logprobs.append(logprob_BT)
     if not logprobs:
         return sums, []
     return sums, _unpack(logprobs, rows, documents, row_plan)
@@ -238,7 +238,7 @@ def score_documents(
     """
     row_plan, rows = _rows(documents, config, mesh)
     parts = packing.microbatches(rows, config.microbatch_rows)
-    logprobs = [score(params, place(part, mesh))[:real] for part, real in parts]
+    logprobs = [score(params, place(part, mesh)) for part in parts]
     return _unpack(logprobs, rows, documents, row_plan)
 
 
@@ -251,7 +251,7 @@ def _rows(documents: Sequence[Document], config: TrainConfig, mesh: Mesh):
 
 
 def _unpack(logprobs, rows, documents, row_plan) -> list[np.ndarray]:
-    value_BT = np.concatenate(jax.device_get(logprobs))
+    value_BT = np.concatenate(jax.device_get(logprobs))[: len(row_plan)]
     if "place" in rows:
         value_BT = packing.gather(value_BT, rows["place"])
     return packing.unpack(value_BT, documents, row_plan)
