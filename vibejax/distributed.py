@@ -120,7 +120,7 @@ def start() -> None:
     try:
         jax.distributed.initialize(
             **known,
-            initialization_timeout=2 * seconds,
+            initialization_timeout=seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=SHUTDOWN_S,
         )
