@@ -26,7 +26,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"batching", "completions"},
     {"engine"},
     {"rollout", "scoring", "report", "handover", "reliability", "clr_questions"},
-    {"policy", "replies", "clr_results", "manifest"},
+    {"policy", "replies", "clr_results", "manifest", "exchange"},
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},

@@ -81,6 +81,8 @@ class Completion:
         logprobs: [C] float32, nats, of the distribution sampled from.
         stop: "stop" at a stop token, "length" at the limit, "loop" where it repeats itself,
             "not_finite" where the logits of the next token are not numbers.
+        here: whether this process has its tokens and log-probs; zeros stand for those that
+            another has.
     """
 
     request: int
@@ -88,6 +90,7 @@ class Completion:
     tokens: np.ndarray
     logprobs: np.ndarray
     stop: Stop
+    here: bool = True
 
     @property
     def text_ids(self) -> list[int]:

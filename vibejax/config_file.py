@@ -148,12 +148,17 @@ def _toml(table: dict[str, Any], path: str) -> Iterator[str]:
 
 def differences(stored: Section, given: Section) -> list[str]:
     """One "key: stored -> given" for each field in which two configurations differ."""
-    old, new = dict(_leaves(stored.model_dump())), dict(_leaves(given.model_dump()))
+    old, new = leaves(stored), leaves(given)
     return [  # a table of free names may have other keys
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in old | new
         if old.get(key) != new.get(key)
     ]
+
+
+def leaves(config: Section) -> dict[str, Any]:
+    """Every field by its dotted name."""
+    return dict(_leaves(config.model_dump()))
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

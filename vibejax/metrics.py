@@ -8,11 +8,14 @@ import tensorboardX
 from rich.console import Console
 from rich.text import Text
 
+from vibejax import distributed
 from vibejax.run_folder import Log
 
 
 class Metrics:
     """Writes every step to metrics.jsonl and TensorBoard, and a row of the table to stderr.
+
+    Of several processes the first does.
 
     Names are `area/name`; seconds and rates, which differ from run to run, are in `time/`.
     """
@@ -26,9 +29,11 @@ class Metrics:
             columns: of the table: title -> (metric, format).
         """
         self.log = Log(folder / "metrics.jsonl", step)
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=distributed.first()
+        )
         self._columns = columns
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console = Console(file=sys.stderr, highlight=False, quiet=not distributed.first())
         self._header = False
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from vibejax.attention import Implementation, attention
 from vibejax.rope import Rope, inverse_frequencies
-from vibejax.sharding import constrain, sharding
+from vibejax.sharding import constrain, replicated, sharding
 
 Params = dict[str, Any]
 Remat = Literal["none", "full", "attention", "offload"]
@@ -318,15 +318,25 @@ def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh |
         params: tree of `param_table(config)`.
         config: of the model.
         dtype: of the copy.
-        mesh: where it is to lie, over devices that hold `params`; None: where they are. One layer
-            is moved at a time.
+        mesh: where it is to lie, over devices that hold `params`: all of them, or with several
+            processes this one's; None: where they are. One layer is moved at a time.
     """
+    dtype, away = jnp.dtype(dtype), None
+    if mesh is not None and not params["norm"].is_fully_addressable:
+        mesh, away = None, mesh  # no program moves from the mesh of all to that of one
+
+    def moved(held: Params, shapes: Params) -> Params:
+        return held if away is None else _to_process(held, shapes, params["norm"].sharding.mesh)
+
+    shapes = sampler_shapes(config, dtype, away)
     layers = [
-        _sampler_layer(params["layers"], i, config, jnp.dtype(dtype), mesh)
+        moved(_sampler_layer(params["layers"], i, config, dtype, mesh), shapes["layers"][i])
         for i in range(config.layers)
     ]
     rest = {name: w for name, w in params.items() if name != "layers"}
-    return _sampler_rest(rest, config, jnp.dtype(dtype), mesh) | {"layers": layers}
+    return {
+        name: moved(w, shapes[name]) for name, w in _sampler_rest(rest, config, dtype, mesh).items()
+    } | {"layers": layers}
 
 
 def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
@@ -342,6 +352,27 @@ def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) ->
 
     shapes = map_table(held, config)
     return shapes | {"layers": [shapes["layers"]] * config.layers}
+
+
+def _to_process(held: Params, shapes: Params, mesh: Mesh) -> Params:
+    """Arrays over the `mesh` of all processes, laid out as `shapes` say on the devices of this one.
+
+    All devices get the whole; this process's copies then become an array of its own, from which
+    each device keeps its part. All processes must call.
+    """
+
+    def to_process(w: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        copies = [shard.data for shard in w.addressable_shards]
+        whole = replicated(shape.sharding.mesh)
+        local = jax.make_array_from_single_device_arrays(w.shape, whole, copies)
+        return jax.device_put(local, shape.sharding)
+
+    return jax.tree.map(to_process, _whole_everywhere(held, mesh), shapes)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _whole_everywhere(held: Params, mesh: Mesh) -> Params:
+    return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, replicated(mesh)), held)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))

@@ -2,7 +2,9 @@
 
 Each step samples G completions of N prompts, verifies them, and takes one on-policy update;
 Long2Short is the same stage with objective.long2short above 0. Without CONFIG it trains the
-policy that ships with the package on three-digit sums, in minutes on a CPU.
+policy that ships with the package on three-digit sums, in minutes on a CPU. On several hosts the
+same command runs once on each (see `distributed`): every host samples and verifies its share of
+the prompts, and all take one update together.
 """
 
 import dataclasses
@@ -20,6 +22,8 @@ import optax
 
 from vibejax import (
     data,
+    distributed,
+    exchange,
     handover,
     optimizer,
     qwen2,
@@ -84,7 +88,7 @@ class Setup:
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(RlConfig, doc=__doc__, default=DEFAULT)
-    with errors_in_one_line(VerifierFailure, OSError):
+    with errors_in_one_line(VerifierFailure, OSError), distributed.joined(config):
         run(config)
 
 
@@ -105,7 +109,11 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         data.easiest(prompts, 1.0, at_least=1)  # names a record without accuracy before all else
     heldout = _prompts(setup, config.heldout)[: config.eval.prompts] if config.heldout else []
     folder = run_folder.open_run(config, "rl")
-    with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(setup.mesh):
+    with (
+        distributed.log_file(folder),
+        open_pool(**config.verifiers.pool_arguments()) as pool,
+        jax.set_mesh(setup.mesh),
+    ):
         reference = _load(setup) if config.objective.kl else None
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         state = train.init_state(_load(setup), setup.optimizer)
@@ -144,7 +152,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                     f"step {step}: the loss or the gradient is not finite; the state after step "
                     f"{step - 1} is saved in {folder / 'checkpoints'}"
                 )
-            values |= rollout.engine_metrics(setup.engine.counts) | {
+            values |= rollout.engine_metrics(exchange.total(setup.engine.counts)) | {
                 "time/step_s": time.perf_counter() - start,
                 "time/sample_s": sampled - start,
                 "time/sampled_tokens_per_s": rolled.length_NG.sum() / (sampled - start),
@@ -160,7 +168,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         weights.save_params(
             state.params, setup.model, folder / "final", dtype="bfloat16", source=setup.source
         )
-    _print_gain(evaluations.rows, time.perf_counter() - began)
+    _announce_gain(evaluations.rows, time.perf_counter() - began)
     return folder
 
 
@@ -184,7 +192,7 @@ def set_up(config: RlConfig) -> Setup:
         rollout.engine_config(config.rollout, model),
         mesh.local_devices,
     )
-    print(engine.memory)
+    distributed.announce(engine.memory)
     adamw = optimizer.make_optimizer(config.optimizer, config.steps * config.objective.updates)
     schedule = optimizer.make_schedule(config.optimizer, config.steps * config.objective.updates)
     loss_fn = functools.partial(policy_loss, model=model, config=config)
@@ -197,7 +205,10 @@ def set_up(config: RlConfig) -> Setup:
         engine=engine,
         optimizer=adamw,
         train_step=train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
-        score=jax.jit(lambda params, rows: _logprobs(params, rows, model, config).logprob_BT),
+        score=jax.jit(
+            lambda params, rows: _logprobs(params, rows, model, config).logprob_BT,
+            out_shardings=sharding.replicated(mesh),
+        ),
     )
 
 
@@ -305,15 +316,17 @@ def update(
         documents = _with_channel(setup, reference, documents, "reference_logprob")
     metrics: dict[str, float] = rollout.group_metrics(rolled)
     metrics["rollout/groups_mixed"] = float((advantage_NG != 0).any(axis=1).mean())
+    here = [completion.here for group in rolled.completions for completion in group]
     for part, indices in enumerate(slices):
-        chosen = [documents[i] for i in indices]
         if reference is None:
-            chosen = [d for d in chosen if d.channels["advantage"].any()]
+            indices = [i for i in indices if documents[i].channels["advantage"].any()]
+        chosen = [documents[i] for i in indices]
         sums, logprobs = train.sum_documents(
-            setup.train_step, state.params, chosen, config.train, setup.mesh
+            setup.train_step, state.params, chosen, config.train, setup.mesh, exchange.place
         )
         if part == 0 and chosen:
-            metrics |= _agreement(chosen, logprobs, objective)
+            own = [(d, x) for i, d, x in zip(indices, chosen, logprobs, strict=True) if here[i]]
+            metrics |= _agreement(own, objective)
         state, values = setup.train_step.apply(state, sums)
         metrics |= {name: float(value) for name, value in values.items()}
         learnt = sum(np.count_nonzero(d.weights) for d in chosen)
@@ -334,15 +347,15 @@ def _logprobs(params: Params, rows: train.Batch, model: ModelConfig, config: RlC
     )
 
 
-def _agreement(documents: Sequence[Document], logprobs, objective) -> dict[str, float]:
-    learnt = [d.weights > 0 for d in documents]
-    metrics = importance.agreement(
-        np.concatenate([x[m] for x, m in zip(logprobs, learnt, strict=True)]),
-        np.concatenate(
-            [d.channels["sampler_logprob"][m] for d, m in zip(documents, learnt, strict=True)]
-        ),
-        cap=objective.correction_cap,
-    )
+def _agreement(own: Sequence[tuple[Document, np.ndarray]], objective) -> dict[str, float]:
+    """Sampler and trainer on all tokens, from this process's documents and their log-probs."""
+    count, metrics = 0, {}
+    if own:
+        logprob_T = np.concatenate([x[d.weights > 0] for d, x in own])
+        sampled_T = np.concatenate([d.channels["sampler_logprob"][d.weights > 0] for d, _ in own])
+        count = len(logprob_T)
+        metrics = importance.agreement(logprob_T, sampled_T, cap=objective.correction_cap)
+    metrics = importance.combined_agreement(distributed.gather([count, metrics]))
     apart = metrics["agreement/mean_abs_dlogp"]
     if apart > objective.max_mean_dlogp:
         raise RunError(
@@ -355,7 +368,9 @@ def _agreement(documents: Sequence[Document], logprobs, objective) -> dict[str, 
 def _with_channel(setup: Setup, params: Params, documents: list[Document], name: str):
     """The documents with their log-probs under `params` as a further channel."""
     config = setup.config.train
-    values = train.score_documents(setup.score, params, documents, config, setup.mesh)
+    values = train.score_documents(
+        setup.score, params, documents, config, setup.mesh, exchange.place
+    )
     return [
         dataclasses.replace(d, channels=d.channels | {name: value})
         for d, value in zip(documents, values, strict=True)
@@ -367,13 +382,14 @@ def _training_draws(setup: Setup) -> Sampling:
 
 
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
-    """Verified completions by the engine, which holds weights and pages for as long as it takes."""
+    """Verified completions by the engines, which hold weights and pages for as long as it takes."""
     config, engine = setup.config, setup.engine
     handover.hand_over(engine, state.params, setup.score, prompts[0], config, setup.mesh)
-    rolled = rollout.sample(
+    began = time.perf_counter()
+    own = rollout.sample(
         engine,
         setup.tokenizer,
-        prompts,
+        exchange.share(prompts),
         pool,
         samples=samples,
         max_tokens=config.rollout.max_completion_tokens,
@@ -382,7 +398,11 @@ def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
         step=step,
     )
     engine.release()
-    return rolled
+    distributed.LOG.info(
+        "step %d: %d prompts, %d tokens in %.1f s", step, len(own.prompts), engine.counts.tokens,
+        time.perf_counter() - began,
+    )  # fmt: skip
+    return exchange.joined(own, prompts)
 
 
 def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
@@ -391,8 +411,9 @@ def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
     The choice is kept in the run folder, so that a resumed run has the same prompts.
     """
     path = folder / "kept_prompts.json"
-    if path.is_file():
-        kept = set(json.loads(path.read_text()))
+    stored = distributed.from_first(lambda: path.read_text() if path.is_file() else None)
+    if stored is not None:
+        kept = set(json.loads(stored))
     else:
         how, samples = _training_draws(setup), setup.config.rollout.group_size
         rolled = _sample(setup, state, prompts, pool, how, samples, FILTER_DRAWS)
@@ -400,9 +421,10 @@ def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
         kept = {p.index for p, a in zip(prompts, accuracy_N, strict=True) if 0 < a < 1}
         if not kept:
             raise RunError("drop_solved: no prompt has a group that is partly right")
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(sorted(kept)))
-        part.replace(path)
+        if distributed.first():
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(sorted(kept)))
+            part.replace(path)
     return [p for p in prompts if p.index in kept]
 
 
@@ -435,9 +457,12 @@ def _load(setup: Setup) -> Params:
 def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> None:
     """Some completions of the step as people read them, spread over its groups."""
     count = min(setup.config.samples_per_step, len(rolled.prompts))
-    for n in np.linspace(0, len(rolled.prompts) - 1, count).astype(int):
+    rows = {}
+    for n in np.linspace(0, len(rolled.prompts) - 1, count).astype(int).tolist():
         completion, verdict = rolled.completions[n][0], rolled.verdicts[n][0]
-        row = {
+        if not completion.here:
+            continue
+        rows[n] = {
             "prompt": setup.tokenizer.decode(rolled.prompts[n].tokens, skip_special_tokens=False),
             "completion": setup.tokenizer.decode(completion.text_ids),
             "ground_truth": rolled.prompts[n].record.get("ground_truth"),
@@ -445,16 +470,19 @@ def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> No
             "tokens": len(completion.tokens),
             **dataclasses.asdict(verdict),
         }
+    for _, row in sorted(pair for told in distributed.gather([*rows.items()]) for pair in told):
         samples.write(step, row)
 
 
-def _print_gain(evaluations: list[dict[str, Any]], seconds: float) -> None:
+def _announce_gain(evaluations: list[dict[str, Any]], seconds: float) -> None:
     if not evaluations:
         return
     before_N, after_N = (np.asarray(evaluations[i]["accuracy"]) for i in (0, -1))
     low, high = scoring.bootstrap_interval(after_N - before_N)
-    print(f"gain {(after_N - before_N).mean():+.3f}, 95% interval [{low:+.3f}, {high:+.3f}]")
-    print(
+    distributed.announce(
+        f"gain {(after_N - before_N).mean():+.3f}, 95% interval [{low:+.3f}, {high:+.3f}]"
+    )
+    distributed.announce(
         f"held-out pass@1: {before_N.mean():.3f} -> {after_N.mean():.3f} "
         f"({len(after_N)} prompts, {seconds:.0f} s)"
     )

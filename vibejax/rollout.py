@@ -219,7 +219,10 @@ def advantages(rollout: Rollout, config: ObjectiveConfig) -> np.ndarray:
 def documents(
     rollout: Rollout, advantage_NG: np.ndarray, config: ObjectiveConfig, *, max_tokens: int
 ) -> list[Document]:
-    """One document a completion, prompt first, with its per-token weights and channels."""
+    """One document a completion, prompt first, with its per-token weights and channels.
+
+    Of a completion that is not here the prompt is zeros too.
+    """
     weight_NG = mgpo.token_weights(
         rollout.length_NG.ravel(), config.aggregation, constant=max_tokens
     ).reshape(advantage_NG.shape)
@@ -232,9 +235,10 @@ def documents(
                 "advantage": np.concatenate([before, advantage_NG[n, g] * ones]),
                 "sampler_logprob": np.concatenate([before, completion.logprobs]),
             }
+            tokens = np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens])
             out.append(
                 Document(
-                    tokens=np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens]),
+                    tokens=tokens if completion.here else np.zeros_like(tokens),
                     weights=np.concatenate([before, weight_NG[n, g] * ones]),
                     channels=channels,
                 )

@@ -17,7 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import data, optimizer, packing, qwen2, run_folder, sharding, tokenizer, train, weights
+from vibejax import (
+    data,
+    distributed,
+    optimizer,
+    packing,
+    qwen2,
+    run_folder,
+    sharding,
+    tokenizer,
+    train,
+    weights,
+)
 from vibejax.checkpoint import Checkpoints
 from vibejax.config import SftConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -69,7 +80,7 @@ class Setup:
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(SftConfig, doc=__doc__)
-    with errors_in_one_line(OSError):
+    with errors_in_one_line(OSError), distributed.joined(config):
         run(config)
 
 
@@ -83,14 +94,17 @@ def run(config: SftConfig) -> Path:
     run_folder.check_run(config)
     setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
-    with jax.set_mesh(setup.mesh):
+    with distributed.log_file(folder), jax.set_mesh(setup.mesh):
         adamw = optimizer.make_optimizer(config.optimizer, setup.steps)
         schedule = optimizer.make_schedule(config.optimizer, setup.steps)
         loss_fn = make_loss(setup.model, config)
         step_of = train.make_train_step(
             loss_fn, adamw, schedule, setup.model, setup.mesh, ("loss",)
         )
-        score = jax.jit(lambda params, rows: _logprobs(params, rows, setup.model, config))
+        score = jax.jit(
+            lambda params, rows: _logprobs(params, rows, setup.model, config),
+            out_shardings=sharding.replicated(setup.mesh),
+        )
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         state = train.init_state(_params(setup), adamw)
         if config.resume:
@@ -125,7 +139,7 @@ def run(config: SftConfig) -> Path:
         metrics.close()
         checkpoints.close()
         _export(setup, state, folder / "final")
-    _print_summary(metrics.log.rows, time.perf_counter() - began)
+    _announce_summary(metrics.log.rows, time.perf_counter() - began)
     return folder
 
 
@@ -154,7 +168,9 @@ def set_up(config: SftConfig) -> Setup:
     new_ends = sorted(read.ends - {*tokens.eos_ids})
     if new_ends:
         names = ", ".join(repr(tokens.backend.id_to_token(i)) for i in new_ends)
-        print(f"the trained policy stops at {names} too: the documents' turns end with it")
+        distributed.announce(
+            f"the trained policy stops at {names} too: the documents' turns end with it"
+        )
     return Setup(
         config=config,
         source=source,
@@ -207,7 +223,7 @@ def _read(config: SftConfig, name: str, tokens: Tokenizer, model: ModelConfig) -
             f"; longer than {limited_by} = {limits[limited_by]}: {read.dropped} left out, "
             f"{read.truncated} cut"
         )
-    print(line)
+    distributed.announce(line)
     return read
 
 
@@ -284,12 +300,14 @@ def _export(setup: Setup, state: TrainState, folder: Path) -> None:
     )
 
 
-def _print_summary(rows: list[dict[str, Any]], seconds: float) -> None:
+def _announce_summary(rows: list[dict[str, Any]], seconds: float) -> None:
     fills = [row["sft/fill"] for row in rows if "sft/fill" in row]
     losses = [row["heldout/loss"] for row in rows if "heldout/loss" in row]
-    print(f"{len(fills)} steps in {seconds:.0f} s, rows filled to {np.mean(fills):.3f}")
+    distributed.announce(
+        f"{len(fills)} steps in {seconds:.0f} s, rows filled to {np.mean(fills):.3f}"
+    )
     if losses:
-        print(f"held-out loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
+        distributed.announce(f"held-out loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
 
 
 if __name__ == "__main__":
