@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -81,13 +82,19 @@ def free_address() -> str:
 
 
 def outcomes(started: Sequence[subprocess.Popen], timeout: float) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each process; those that take longer are killed."""
+    """(exit code, stdout, stderr) of each process; those that take longer are killed.
+
+    The CPU's collectives print lines of their own, which are left out.
+    """
     try:
         texts = [process.communicate(timeout=timeout) for process in started]
     finally:
         for process in started:
             process.kill()
-    return [(p.returncode, *text) for p, text in zip(started, texts, strict=True)]
+    return [
+        (process.returncode, re.sub(r"(?m)^\[Gloo\].*\n", "", stdout), stderr)
+        for process, (stdout, stderr) in zip(started, texts, strict=True)
+    ]
 
 
 def prepare(folder: Path) -> None:
