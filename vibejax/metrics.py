@@ -14,7 +14,7 @@ from vibejax.run_folder import Log
 class Metrics:
     """Writes every step to metrics.jsonl and TensorBoard, and a row of the table to stderr.
 
-    Names are `area/name`; seconds and rates, which differ from run to run, are in `time/`.
+    Names are `area/name`; what differs from run to run, as seconds and rates do, is in `time/`.
     """
 
     def __init__(self, folder: Path, step: int, columns: dict[str, tuple[str, str]]):

@@ -1,0 +1,86 @@
+"""SIGTERM: the run comes to an orderly end and exits with 143, so that it is started again.
+
+Pods and queued resources are taken away with a SIGTERM and half a minute. The signal sets a flag,
+which the loops look at after every decode window and micro-batch (`check`); what is being saved is
+finished and the process exits with 143, which Kubernetes restarts; 0 is for a run that is complete.
+
+Python runs signal handlers between two lines of the main thread, and that may be inside a compile
+of minutes. So a thread of its own hears of the signal too and ends the process when GRACE_S have
+passed: whatever is on disk by then is whole, see `journal` and `checkpoint`.
+
+A signal is sent to a process, so this module's state is the process's.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+EXIT_CODE = 128 + signal.SIGTERM
+GRACE_S = 20.0  # Kubernetes and TPU pods kill after 30 s
+
+_asked = threading.Event()
+
+
+class Preempted(Exception):  # noqa: N818 - nothing went wrong
+    """The process was asked to end."""
+
+
+def asked() -> bool:
+    """Whether this process has been asked to end.
+
+    This is the one place that several processes would have to agree in.
+    """
+    return _asked.is_set()
+
+
+def check() -> None:
+    """To be called wherever a run can stop without losing much.
+
+    Raises:
+        Preempted: the process was asked to end.
+    """
+    if asked():
+        raise Preempted
+
+
+@contextlib.contextmanager
+def handled(grace_s: float = GRACE_S) -> Iterator[None]:
+    """Turns SIGTERM into `Preempted` where `check` is called, and that into exit code 143.
+
+    For the main thread, around all that a command does. A further SIGTERM changes nothing.
+
+    Args:
+        grace_s: after so many seconds the process ends wherever it is.
+    """
+    _asked.clear()
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())
+    waker = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_late, args=(heard, grace_s), daemon=True).start()
+    try:
+        yield
+    except Preempted:
+        print("ended by SIGTERM; the same command goes on, with resume set", file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from None
+    finally:
+        if not _asked.is_set():
+            signal.set_wakeup_fd(waker)
+            signal.signal(signal.SIGTERM, before)
+            told.close()
+
+
+def _end_late(heard: socket.socket, grace_s: float) -> None:
+    """Ends the process `grace_s` after a SIGTERM, whatever its main thread does."""
+    with heard:
+        while number := heard.recv(1):
+            if number[0] == signal.SIGTERM:
+                _asked.set()
+                time.sleep(grace_s)
+                print(f"ended by SIGTERM, {grace_s:g} s after it", file=sys.stderr, flush=True)
+                os._exit(EXIT_CODE)

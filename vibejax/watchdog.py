@@ -1,0 +1,188 @@
+"""Ends a process when it, or another of its run, has stood still for too long.
+
+A pod in which one host hangs or has died waits in a collective until somebody looks. So every
+process publishes its `progress` and reads that of the others, and a thread of each ends its own
+process, with one line that names who stood still; whatever started the run starts it again. That
+needs nothing of the main thread, which may hang anywhere.
+
+A process stands still when nothing is heard of it any more (it is dead or frozen); when its count
+does not rise although it does not wait for others; or when no process's count rises at all.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from vibejax import progress
+from vibejax.progress import Progress
+
+EXIT_CODE = os.EX_TEMPFAIL  # to be tried again
+LOOKS = 8  # within the limit
+
+
+class News(NamedTuple):
+    """What a process last said of itself.
+
+    Attributes:
+        progress: how far it was.
+        told: how often it had said so: rises while the process lives.
+    """
+
+    progress: Progress
+    told: int
+
+
+class Peers(Protocol):
+    """How the processes of a run hear of each other."""
+
+    def publish(self, news: News) -> None:
+        """Tells the others of this process; may block, or fail, while one of them is gone."""
+
+    def peers(self) -> dict[int, News]:
+        """The latest of every process that has said something, this one included."""
+
+
+class OneProcess:
+    """The peers of a run of one process: itself."""
+
+    def __init__(self) -> None:
+        """Without news."""
+        self._news: dict[int, News] = {}
+
+    def publish(self, news: News) -> None:
+        """Keeps it."""
+        self._news[0] = news
+
+    def peers(self) -> dict[int, News]:
+        """What was published."""
+        return dict(self._news)
+
+
+class KeyValuePeers:
+    """The peers of a run of several: they meet in the key-value store of jax.distributed."""
+
+    PREFIX = "vibejax/progress/"
+
+    def __init__(self, client: Any, process: int):
+        """Of process number `process`, which `client` (jax.distributed's) connects."""
+        self._client, self._process = client, process
+
+    def publish(self, news: News) -> None:
+        """Writes this process's key."""
+        value = json.dumps([*news.progress, news.told])
+        self._client.key_value_set(f"{self.PREFIX}{self._process}", value, allow_overwrite=True)
+
+    def peers(self) -> dict[int, News]:
+        """Reads the keys of all."""
+        found = {}
+        for key, value in self._client.key_value_dir_get(self.PREFIX):
+            count, waiting, told = json.loads(value)
+            found[int(key.rpartition("/")[2])] = News(Progress(count, waiting), told)
+        return found
+
+
+class Judge:
+    """Who has stood still, by what is heard and when."""
+
+    def __init__(self, limit_s: float, processes: int, now: float):
+        """Nothing has been heard of any process at time `now`.
+
+        Args:
+            limit_s: seconds without progress that are too many.
+            processes: of the run, numbered from 0.
+            now: seconds of any clock.
+        """
+        self._limit_s = limit_s
+        self._news: dict[int, News] = {}
+        self._heard = dict.fromkeys(range(processes), now)
+        self._moved = dict.fromkeys(range(processes), now)
+
+    def hear(self, news: dict[int, News], now: float) -> None:
+        """Takes in the latest of some processes."""
+        for process, latest in news.items():
+            before = self._news.get(process)
+            if before is None or latest.told != before.told:
+                self._heard[process] = now
+            if before is None or latest.progress != before.progress:
+                self._moved[process] = now
+            self._news[process] = latest
+
+    def verdict(self, now: float) -> str | None:
+        """Who stands still and since when; None if none does.
+
+        Of several that which stopped first is named: the others wait for it.
+        """
+        limit_s = self._limit_s
+        silent = [p for p, at in self._heard.items() if now - at > limit_s]
+        if silent:
+            first = min(silent, key=self._heard.__getitem__)
+            return f"process {first} is dead or frozen: not heard of for {limit_s:g} s"
+        still = [p for p, at in self._moved.items() if now - at > limit_s]
+        hung = [p for p in still if not self._news[p].progress.waiting]
+        if hung or len(still) == len(self._moved):
+            first = min(hung or still, key=self._moved.__getitem__)
+            return f"process {first} made no progress for {limit_s:g} s"
+        return None
+
+
+@contextlib.contextmanager
+def watching(
+    limit_s: float,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    peers: Peers | None = None,
+    end: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Watches over the processes of a run as long as the block runs.
+
+    Args:
+        limit_s: seconds without progress after which this process ends; 0: never.
+        process: this one's number.
+        processes: how many there are.
+        peers: how they hear of each other; None: there is but this one.
+        end: called with the line of who stood still; None prints it and ends the process.
+    """
+    if not limit_s:
+        yield
+        return
+    peers, end = peers or OneProcess(), end or _end
+    judge, lock = Judge(limit_s, processes, time.monotonic()), threading.Lock()
+    done = threading.Event()
+
+    def listen() -> None:
+        for told in range(sys.maxsize):
+            # The store is gone when process 0 is: then nothing is heard, which the judge sees.
+            with contextlib.suppress(RuntimeError):
+                peers.publish(News(progress.now(), told))
+                news = peers.peers()
+                with lock:
+                    judge.hear(news, time.monotonic())
+            if done.wait(limit_s / LOOKS):
+                return
+
+    def watch() -> None:
+        while not done.wait(limit_s / LOOKS):
+            with lock:
+                line = judge.verdict(time.monotonic())
+            if line is not None:
+                end(f"process {process} of {processes} ends: {line}")
+                return
+
+    # Two threads: hearing of others blocks when the process that holds the store is frozen.
+    for task in (listen, watch):
+        threading.Thread(target=task, name=f"watchdog-{task.__name__}", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _end(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
