@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,16 +36,14 @@ def test_names_say_where_a_leaf_is():
     assert found["layers.0.w"].startswith("bfloat16[2, 3] ")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_], ids=str)
-def test_a_sharding_changes_nothing(dtype):
-    x = (jax.random.uniform(jax.random.key(0), SHAPE) * 9).astype(dtype)
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    specs = [(), ("data", "fsdp", "tensor"), (("data", "tensor"), None, "fsdp"), (None, "tensor")]
-    placed = [
-        jax.device_put(x, jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
-        for spec in specs
-    ]
-    assert len({digests.of_tree(y) for y in [x, *placed]}) == 1
+def test_a_sharding_changes_nothing():
+    kinds = [jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_]
+    tree = [(VALUES * 9).astype(kind) for kind in kinds]
+    alone = digests.of_leaves(tree)
+    mesh = sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    for spec in [("data", "tensor"), (None, None, ("tensor", "data"))]:
+        place = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        assert digests.of_leaves(jax.device_put(tree, place)) == alone
 
 
 VALUES = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
@@ -71,9 +68,9 @@ def test_any_swap_is_found(places):
 
 
 def test_zeros_and_moved_parts_are_found():
-    x = jnp.asarray(VALUES)
-    zeroed = [x.at[2:4].set(0), x.at[:, :, 1].set(0), jnp.zeros(SHAPE)]
-    moved = [x[::-1], jnp.roll(x, 1, axis=2), x.at[jnp.array([0, 1])].set(x[jnp.array([1, 0])])]
-    others = [-jnp.zeros(SHAPE), x.T, x.reshape(-1)]
-    found = {digests.of_tree(y) for y in [x, *zeroed, *moved, *others]}
-    assert len(found) == 1 + len(zeroed) + len(moved) + len(others)
+    x = VALUES
+    rows, zeros = np.arange(len(x))[:, None, None], np.zeros_like(x)
+    zeroed = [np.where(rows == 2, 0, x), zeros, -zeros]
+    moved = [x[::-1], np.roll(x, 1, axis=2), x[[1, 0, *range(2, len(x))]], x.reshape(6, 8, 4)]
+    found = digests.of_leaves([x, *zeroed, *moved]).values()
+    assert len(set(found)) == len(found)

@@ -27,13 +27,21 @@ def of_leaves(tree: Any) -> dict[str, str]:
     Args:
         tree: of arrays, on any devices; nothing of them but 8 bytes each comes to the host.
     """
+    sums = jax.device_get(_sums(jax.tree.leaves(tree)))
+    return {
+        name: f"{kind} {first:08x}{second:08x}"
+        for (name, kind), (first, second) in zip(kinds(tree).items(), sums, strict=True)
+    }
+
+
+def kinds(tree: Any) -> dict[str, str]:
+    """Path of each array in `tree` -> its dtype and shape, with which its digest begins."""
     named, _ = jax.tree.flatten_with_path(tree)
-    sums = jax.device_get(_sums([leaf for _, leaf in named]))
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (
-            f"{leaf.dtype.name}{list(leaf.shape)} {first:08x}{second:08x}"
+            f"{leaf.dtype.name}{list(leaf.shape)}"
         )
-        for (path, leaf), (first, second) in zip(named, sums, strict=True)
+        for path, leaf in named
     }
 
 

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
-
 from vibejax import preemption
 
 
@@ -59,16 +57,13 @@ def now() -> Progress:
         return Progress(_count, _waits > 0)
 
 
+def compiled(event: str, duration: float, **more: Any) -> None:
+    """A listener of jax.monitoring: a phase of a compile has ended."""
+    if "compil" in event:
+        _add()
+
+
 def _add() -> None:
     global _count
     with _lock:
         _count += 1
-
-
-def _compiled(event: str, duration: float, **more: Any) -> None:
-    """A phase of a compile has ended: the only sign of life while programs are compiled."""
-    if "compile" in event:
-        _add()
-
-
-jax.monitoring.register_event_duration_secs_listener(_compiled)

@@ -1,7 +1,8 @@
 """A run's folder: created fresh or resumed, with the configuration it belongs to.
 
 A folder holds config.toml, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
-checkpoints/, exports/ and, at the end, final/; the last two hold HF folders.
+checkpoints/, exports/ and, at the end, final/; the last two hold HF folders. While an RL run
+samples, journal/ holds what it has sampled.
 """
 
 import itertools
@@ -33,10 +34,15 @@ def check_run(config: Section, changeable: Sequence[str] = ()) -> None:
     """
     if not config.out:
         if config.resume:
-            raise RunError("resume = true needs out, the folder of the run to go on with")
+            given = json.dumps(config.resume)
+            raise RunError(f"resume = {given} needs out, the folder of the run to go on with")
         return
     folder = Path(config.out)
-    if not config.resume:
+    if not resumes(config):
+        if config.resume == "auto":
+            if folder.exists() and not folder.is_dir():
+                raise RunError(f"{folder}: is not a folder")
+            return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: exists; choose another out, or go on with resume = true")
         return
@@ -55,6 +61,13 @@ def check_run(config: Section, changeable: Sequence[str] = ()) -> None:
         )
 
 
+def resumes(config: Section) -> bool:
+    """Whether a run goes on in its folder; where `resume` is "auto", whether it has begun there."""
+    if config.resume == "auto":
+        return (Path(config.out) / "config.toml").is_file()
+    return config.resume
+
+
 def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Path:
     """The folder of a run: `config.out`, or a fresh numbered one under runs/.
 
@@ -69,7 +82,7 @@ def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Pat
             nothing to resume, or the stored configuration differs.
     """
     check_run(config, changeable)
-    if config.resume and not changeable:
+    if resumes(config) and not changeable:
         return Path(config.out)
     folder = Path(config.out) if config.out else _fresh(stage)
     return _create(folder, config_file.dump(config))
@@ -77,7 +90,9 @@ def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Pat
 
 def _create(folder: Path, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(text)
+    part = folder / "config.part"
+    part.write_text(text)
+    part.replace(folder / "config.toml")  # with it a run has begun
     return folder
 
 
@@ -116,6 +131,10 @@ class Log:
         self.rows.append({"step": step, **row})
         self._file.write(json.dumps(self.rows[-1]) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until the disk has all lines: a checkpoint must not outlive them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

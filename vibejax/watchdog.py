@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import jax
+
 from vibejax import progress
 from vibejax.progress import Progress
 
@@ -97,7 +99,7 @@ class Judge:
             processes: of the run, numbered from 0.
             now: seconds of any clock.
         """
-        self._limit_s = limit_s
+        self._limit_s, self._asked = limit_s, now
         self._news: dict[int, News] = {}
         self._heard = dict.fromkeys(range(processes), now)
         self._moved = dict.fromkeys(range(processes), now)
@@ -113,11 +115,14 @@ class Judge:
             self._news[process] = latest
 
     def verdict(self, now: float) -> str | None:
-        """Who stands still and since when; None if none does.
+        """Who stands still; None if none does. To be asked more often than the limit.
 
         Of several that which stopped first is named: the others wait for it.
         """
-        limit_s = self._limit_s
+        limit_s, asked, self._asked = self._limit_s, self._asked, now
+        if now - asked > limit_s / 2:  # this process was frozen itself, and has heard of nobody
+            self._heard = dict.fromkeys(self._heard, now)
+            self._moved = dict.fromkeys(self._moved, now)
         silent = [p for p, at in self._heard.items() if now - at > limit_s]
         if silent:
             first = min(silent, key=self._heard.__getitem__)
@@ -175,12 +180,14 @@ def watching(
                 return
 
     # Two threads: hearing of others blocks when the process that holds the store is frozen.
+    jax.monitoring.register_event_duration_secs_listener(progress.compiled)
     for task in (listen, watch):
         threading.Thread(target=task, name=f"watchdog-{task.__name__}", daemon=True).start()
     try:
         yield
     finally:
         done.set()
+        jax.monitoring.unregister_event_duration_listener(progress.compiled)
 
 
 def _end(line: str) -> None:
