@@ -42,7 +42,10 @@ def started(body):
 
 def ended(process):
     began = time.monotonic()
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     return process.returncode, out, err, time.monotonic() - began
 
 

@@ -104,9 +104,9 @@ from vibejax import progress, watchdog
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 peers = watchdog.KeyValuePeers(distributed.global_state.client, process)
-with watchdog.watching(3.0, process=process, processes=2, peers=peers):
+with watchdog.watching(2.0, process=process, processes=2, peers=peers):
     print("ready", flush=True)
-    if process == 0:
+    if process == int(sys.argv[3]):
         with progress.waiting():
             time.sleep(600)
     while True:
@@ -115,15 +115,20 @@ with watchdog.watching(3.0, process=process, processes=2, peers=peers):
 """
 
 
-def test_two_processes_and_one_that_freezes():
-    """A peer that works keeps the one that waits alive; stopped by SIGSTOP, it ends that one."""
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_two_processes_and_one_that_freezes(frozen):
+    """A peer that works keeps the one that waits alive; stopped by SIGSTOP, it ends that one.
+
+    Process 0 holds the store in which they meet.
+    """
+    waits = 1 - frozen
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(i), str(port)],
+            [sys.executable, "-c", SCRIPT, str(i), str(port), str(waits)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for i in (0, 1)
@@ -132,11 +137,13 @@ def test_two_processes_and_one_that_freezes():
         for process in processes:
             assert process.stdout.readline() == "ready\n", process.stderr.read()
         with pytest.raises(subprocess.TimeoutExpired):
-            processes[0].wait(timeout=4.5)
-        processes[1].send_signal(signal.SIGSTOP)
-        _, err = processes[0].communicate(timeout=30)
-        assert processes[0].returncode == watchdog.EXIT_CODE
-        line = "process 0 of 2 ends: process 1 is dead or frozen: not heard of for 3 s"
+            processes[waits].wait(timeout=3)
+        processes[frozen].send_signal(signal.SIGSTOP)
+        _, err = processes[waits].communicate(timeout=30)
+        assert processes[waits].returncode == watchdog.EXIT_CODE
+        line = (
+            f"process {waits} of 2 ends: process {frozen} is dead or frozen: not heard of for 2 s"
+        )
         assert f"error: {line}\n" in err
     finally:
         for process in processes:

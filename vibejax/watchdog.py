@@ -10,6 +10,7 @@ does not rise although it does not wait for others; or when no process's count r
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -46,23 +47,7 @@ class Peers(Protocol):
         """Tells the others of this process; may block, or fail, while one of them is gone."""
 
     def peers(self) -> dict[int, News]:
-        """The latest of every process that has said something, this one included."""
-
-
-class OneProcess:
-    """The peers of a run of one process: itself."""
-
-    def __init__(self) -> None:
-        """Without news."""
-        self._news: dict[int, News] = {}
-
-    def publish(self, news: News) -> None:
-        """Keeps it."""
-        self._news[0] = news
-
-    def peers(self) -> dict[int, News]:
-        """What was published."""
-        return dict(self._news)
+        """The latest of every process that has said something; as `publish` is."""
 
 
 class KeyValuePeers:
@@ -156,32 +141,36 @@ def watching(
     if not limit_s:
         yield
         return
-    peers, end = peers or OneProcess(), end or _end
+    end = end or _end
     judge, lock = Judge(limit_s, processes, time.monotonic()), threading.Lock()
     done = threading.Event()
 
-    def listen() -> None:
-        for told in range(sys.maxsize):
+    def talk() -> None:
+        for told in itertools.count():
             # The store is gone when process 0 is: then nothing is heard, which the judge sees.
             with contextlib.suppress(RuntimeError):
                 peers.publish(News(progress.now(), told))
                 news = peers.peers()
                 with lock:
-                    judge.hear(news, time.monotonic())
+                    judge.hear({p: n for p, n in news.items() if p != process}, time.monotonic())
             if done.wait(limit_s / LOOKS):
                 return
 
     def watch() -> None:
-        while not done.wait(limit_s / LOOKS):
+        for told in itertools.count():
+            now = time.monotonic()
             with lock:
-                line = judge.verdict(time.monotonic())
+                judge.hear({process: News(progress.now(), told)}, now)
+                line = judge.verdict(now)
             if line is not None:
                 end(f"process {process} of {processes} ends: {line}")
                 return
+            if done.wait(limit_s / LOOKS):
+                return
 
-    # Two threads: hearing of others blocks when the process that holds the store is frozen.
     jax.monitoring.register_event_duration_secs_listener(progress.compiled)
-    for task in (listen, watch):
+    # Two threads: talking to others blocks when the process that holds the store is frozen.
+    for task in (talk, watch) if peers else (watch,):
         threading.Thread(target=task, name=f"watchdog-{task.__name__}", daemon=True).start()
     try:
         yield

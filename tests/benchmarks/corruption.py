@@ -2,9 +2,9 @@
 
 Two checkpoints of a small state with one array that fills files of its own. Each file of the newer
 one is truncated to half and to nothing, has single bits flipped (in data: at many places), and is
-deleted; then the state is restored. Prints a row for each file and kind of damage that was not
-noticed because nothing wrong was loaded (files that Orbax does not read), and one of the totals.
-Exits with 1 if wrong numbers were ever loaded, or an error was not one line that names the place.
+deleted; then the state is restored. Prints a row for each file: how often the restore fell back to
+the older checkpoint, with one line that says so, and how often it loaded the newer one, right to
+the last bit, because the damaged bytes are not read. Anything else is not as promised: exit code 1.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -62,7 +62,7 @@ def restored(folder: Path) -> tuple[str, str]:
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), found, state(step))
     if not step or not all(jax.tree.leaves(same)):
         return "wrong numbers", printed.getvalue()
-    return ("fell back" if step == 1 else "loaded"), printed.getvalue()
+    return ("fell back" if step == 1 else "not read"), printed.getvalue()
 
 
 def acceptable(outcome: str, printed: str, folder: Path) -> bool:
@@ -71,18 +71,18 @@ def acceptable(outcome: str, printed: str, folder: Path) -> bool:
         return [x.startswith(line) for x in printed.splitlines() if "damaged" in x] == [True]
     if outcome == "error":
         return len(printed.splitlines()) == 1 and str(folder) in printed
-    return outcome == "loaded"
+    return outcome == "not read"
 
 
-def walk(folder: Path, report: Callable[[dict], None]) -> Counter:
+def walk(folder: Path) -> Iterator[tuple[str, Counter]]:
+    """Each file of the newer checkpoint, and how often which outcome came of damaging it."""
     good, run = folder / "good", folder / "run"
     checkpoints = Checkpoints(good, keep=2)
     for step in (1, 2):
         checkpoints.save(step, state(step))
     checkpoints.close()
-    totals: Counter = Counter()
     for path in sorted(p for p in (good / "2").rglob("*") if p.is_file()):
-        name = path.relative_to(good / "2")
+        name, outcomes = path.relative_to(good / "2"), Counter()
         for kind, content in damages(path.read_bytes()):
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(good, run)
@@ -91,34 +91,31 @@ def walk(folder: Path, report: Callable[[dict], None]) -> Counter:
             else:
                 (run / "2" / name).write_bytes(content)
             outcome, printed = restored(run)
-            totals[outcome] += 1
-            ok = acceptable(outcome, printed, run)
-            totals["not as promised"] += not ok
-            if outcome != "fell back" or not ok:
-                row = {"file": str(name), "damage": kind, "outcome": outcome, "ok": ok}
-                report(row | ({} if outcome == "loaded" else {"said": printed.strip()[:300]}))
-    return totals
+            if not acceptable(outcome, printed, run):
+                print(f"{name} {kind}: {outcome}: {printed}", file=sys.stderr)
+                outcome = "not as promised"
+            outcomes[outcome] += 1
+        yield str(name), outcomes
 
 
 def main() -> None:
+    totals: Counter = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        totals = walk(Path(folder), lambda row: print(json.dumps(row), flush=True))
-    cases = sum(totals[x] for x in ("fell back", "loaded", "error", "wrong numbers"))
+        for name, outcomes in walk(Path(folder)):
+            print(json.dumps({"file": name, **outcomes}), flush=True)
+            totals += outcomes
     row = {
         "benchmark": "corruption",
         "case": "each file of the newest checkpoint",
-        "ours": totals["wrong numbers"],
+        "ours": totals["not as promised"],
         "peer": None,
         "ratio": None,
-        "unit": f"wrong loads of {cases}",
+        "unit": f"of {totals.total()} damages not as promised",
         "higher_is_better": False,
-        "fell_back": totals["fell back"],
-        "loaded_right": totals["loaded"],
-        "named": totals["error"],
-        "not_as_promised": totals["not as promised"],
+        **totals,
     }
     print(json.dumps(row))
-    sys.exit(bool(totals["wrong numbers"] or totals["not as promised"]))
+    sys.exit(bool(totals["not as promised"]))
 
 
 if __name__ == "__main__":
