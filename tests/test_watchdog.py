@@ -99,12 +99,10 @@ def test_waiting_ends_with_progress():
 SCRIPT = """
 import sys, threading, time
 import jax
-from jax._src import distributed
 from vibejax import progress, watchdog
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
-peers = watchdog.KeyValuePeers(distributed.global_state.client, process)
-with watchdog.watching(2.0, process=process, processes=2, peers=peers):
+with watchdog.watching(2.0):
     print("ready", flush=True)
     if process == int(sys.argv[3]):
         with progress.waiting():

@@ -111,7 +111,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         data.easiest(prompts, 1.0, at_least=1)  # names a record without accuracy before all else
     heldout = _prompts(setup, config.heldout)[: config.eval.prompts] if config.heldout else []
     folder = run_folder.open_run(config, "rl")
-    journal = Journal(folder / "journal", config)
+    journal = Journal(folder / "journal", config, jax.process_index())
     setup = dataclasses.replace(setup, journal=journal)
     with (
         watchdog.watching(config.watchdog_s),

@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
+from jax._src import distributed  # where its client is; Orbax finds it there too
 
 from vibejax import progress
 from vibejax.progress import Progress
@@ -40,18 +41,11 @@ class News(NamedTuple):
     told: int
 
 
-class Peers(Protocol):
-    """How the processes of a run hear of each other."""
-
-    def publish(self, news: News) -> None:
-        """Tells the others of this process; may block, or fail, while one of them is gone."""
-
-    def peers(self) -> dict[int, News]:
-        """The latest of every process that has said something; as `publish` is."""
-
-
 class KeyValuePeers:
-    """The peers of a run of several: they meet in the key-value store of jax.distributed."""
+    """How the processes of a run hear of each other: in the key-value store of jax.distributed.
+
+    Both methods may block, or fail, while the process that holds the store is gone.
+    """
 
     PREFIX = "vibejax/progress/"
 
@@ -60,12 +54,12 @@ class KeyValuePeers:
         self._client, self._process = client, process
 
     def publish(self, news: News) -> None:
-        """Writes this process's key."""
+        """Tells the others of this process."""
         value = json.dumps([*news.progress, news.told])
         self._client.key_value_set(f"{self.PREFIX}{self._process}", value, allow_overwrite=True)
 
     def peers(self) -> dict[int, News]:
-        """Reads the keys of all."""
+        """The latest of every process that has said something."""
         found = {}
         for key, value in self._client.key_value_dir_get(self.PREFIX):
             count, waiting, told = json.loads(value)
@@ -121,27 +115,19 @@ class Judge:
 
 
 @contextlib.contextmanager
-def watching(
-    limit_s: float,
-    *,
-    process: int = 0,
-    processes: int = 1,
-    peers: Peers | None = None,
-    end: Callable[[str], None] | None = None,
-) -> Iterator[None]:
+def watching(limit_s: float, end: Callable[[str], None] | None = None) -> Iterator[None]:
     """Watches over the processes of a run as long as the block runs.
 
     Args:
         limit_s: seconds without progress after which this process ends; 0: never.
-        process: this one's number.
-        processes: how many there are.
-        peers: how they hear of each other; None: there is but this one.
         end: called with the line of who stood still; None prints it and ends the process.
     """
     if not limit_s:
         yield
         return
-    end = end or _end
+    end, process, processes = end or _end, jax.process_index(), jax.process_count()
+    client = distributed.global_state.client
+    peers = KeyValuePeers(client, process) if processes > 1 else None
     judge, lock = Judge(limit_s, processes, time.monotonic()), threading.Lock()
     done = threading.Event()
 
