@@ -1,5 +1,6 @@
 """The watchdog: who stands still by a clock of the test's own, threads, two real processes."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -99,27 +100,24 @@ def test_waiting_ends_with_progress():
 SCRIPT = """
 import sys, threading, time
 import jax
-from vibejax import progress, watchdog
+from vibejax import preemption, progress, watchdog
 process, port = int(sys.argv[1]), sys.argv[2]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
-with watchdog.watching(2.0):
-    print("ready", flush=True)
-    if process == int(sys.argv[3]):
-        with progress.waiting():
-            time.sleep(600)
-    while True:
-        progress.beat()
-        time.sleep(0.05)
+with preemption.handled(grace_s=10):
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+    with watchdog.watching(2.0):
+        print("ready", flush=True)
+        if process == int(sys.argv[3]):
+            with progress.waiting():
+                time.sleep(600)
+        while True:
+            progress.beat()
+            time.sleep(0.05)
 """
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_two_processes_and_one_that_freezes(frozen):
-    """A peer that works keeps the one that waits alive; stopped by SIGSTOP, it ends that one.
-
-    Process 0 holds the store in which they meet.
-    """
-    waits = 1 - frozen
+@contextlib.contextmanager
+def two_processes(waits):
+    """Two that have found each other; number `waits` is at a barrier, the other works."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -134,16 +132,34 @@ def test_two_processes_and_one_that_freezes(frozen):
     try:
         for process in processes:
             assert process.stdout.readline() == "ready\n", process.stderr.read()
-        with pytest.raises(subprocess.TimeoutExpired):
-            processes[waits].wait(timeout=3)
-        processes[frozen].send_signal(signal.SIGSTOP)
-        _, err = processes[waits].communicate(timeout=30)
-        assert processes[waits].returncode == watchdog.EXIT_CODE
-        line = (
-            f"process {waits} of 2 ends: process {frozen} is dead or frozen: not heard of for 2 s"
-        )
-        assert f"error: {line}\n" in err
+        yield processes
     finally:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_two_processes_and_one_that_freezes(frozen):
+    """A peer that works keeps the one that waits alive; stopped by SIGSTOP, it ends that one.
+
+    Process 0 holds the store in which they meet.
+    """
+    with two_processes(waits=1 - frozen) as processes:
+        waiting = processes[1 - frozen]
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=3)
+        processes[frozen].send_signal(signal.SIGSTOP)
+        _, err = waiting.communicate(timeout=30)
+    assert waiting.returncode == watchdog.EXIT_CODE
+    line = f"process {1 - frozen} of 2 ends: process {frozen} is dead or frozen: not heard of for 2"
+    assert f"error: {line} s\n" in err
+
+
+def test_sigterm_on_one_process_reaches_the_other():
+    with two_processes(waits=2) as processes:
+        processes[1].send_signal(signal.SIGTERM)
+        for process in processes:
+            _, err = process.communicate(timeout=30)
+            assert process.returncode == 143, err
+            assert "ended by SIGTERM" in err

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SEEDS = (0x9E3779B9, 0x85EBCA6B)  # odd, far apart: of the two sums
+SEEDS = (0x9E3779B9, 0x85EBCA6B)  # of the two sums; odd, and so are their powers
 
 
 def of_leaves(tree: Any) -> dict[str, str]:
@@ -27,7 +27,7 @@ def of_leaves(tree: Any) -> dict[str, str]:
     Args:
         tree: of arrays, on any devices; nothing of them but 8 bytes each comes to the host.
     """
-    sums = jax.device_get(_sums(jax.tree.leaves(tree)))
+    sums = jax.device_get([_sums(leaf) for leaf in jax.tree.leaves(tree)])
     return {
         name: f"{kind} {first:08x}{second:08x}"
         for (name, kind), (first, second) in zip(kinds(tree).items(), sums, strict=True)
@@ -56,18 +56,20 @@ def of_text(text: str) -> str:
 
 
 @jax.jit
-def _sums(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    return [tuple(_sum(leaf, np.uint32(seed)) for seed in SEEDS) for leaf in leaves]
-
-
-def _sum(x: jax.Array, seed: np.uint32) -> jax.Array:
+def _sums(x: jax.Array) -> jax.Array:
+    """Both sums of one array. By array: many of a state have the same shape, hence one program."""
     words = _words(x)
-    place = jnp.full((), seed, jnp.uint32)
+    return jnp.stack([_sum(words, seed) for seed in SEEDS])
+
+
+def _sum(words: jax.Array, seed: int) -> jax.Array:
+    place = jnp.uint32(seed)
     for axis, size in enumerate(words.shape):
-        # Axis by axis: a single running index would not tell places 2**32 apart from each other.
-        index = jnp.arange(size, dtype=jnp.uint32).reshape((1,) * axis + (size,))
-        place = _mix(jnp.expand_dims(place, axis) * np.uint32(0x01000193) + index)
-    return jnp.sum(_mix(words ^ place), dtype=jnp.uint32)
+        # A factor for each axis: a running index would be the same for places 2**32 apart.
+        factor = np.uint32(pow(seed, axis + 2, 2**32))
+        index = jnp.arange(size, dtype=jnp.uint32) * factor
+        place = place + jnp.expand_dims(index, [i for i in range(words.ndim) if i != axis])
+    return jnp.sum(_mix(words ^ _mix(place)), dtype=jnp.uint32)
 
 
 def _words(x: jax.Array) -> jax.Array:

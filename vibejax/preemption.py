@@ -8,7 +8,10 @@ Python runs signal handlers between two lines of the main thread, and that may b
 of minutes. So a thread of its own hears of the signal too and ends the process when GRACE_S have
 passed: whatever is on disk by then is whole, see `journal` and `checkpoint`.
 
-A signal is sent to a process, so this module's state is the process's.
+A signal is sent to a process, so this module's state is the process's. Where a run has several,
+the others hear of it from the watchdog's threads (`ask`). They need not agree on a moment: each may
+be in another window, what each has sampled is in its own journal, and a save that not all have
+begun is never finished, which the next start knows.
 """
 
 import contextlib
@@ -20,22 +23,26 @@ import threading
 import time
 from collections.abc import Iterator
 
+import jax
+
 EXIT_CODE = 128 + signal.SIGTERM
 GRACE_S = 20.0  # Kubernetes and TPU pods kill after 30 s
 
 _asked = threading.Event()
 
 
-class Preempted(Exception):  # noqa: N818 - nothing went wrong
+class Preempted(BaseException):
     """The process was asked to end."""
 
 
 def asked() -> bool:
-    """Whether this process has been asked to end.
-
-    This is the one place that several processes would have to agree in.
-    """
+    """Whether this process has been asked to end, or another of its run has."""
     return _asked.is_set()
+
+
+def ask() -> None:
+    """Asks this process to end, as a signal from outside does."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check() -> None:
@@ -58,6 +65,7 @@ def handled(grace_s: float = GRACE_S) -> Iterator[None]:
         grace_s: after so many seconds the process ends wherever it is.
     """
     _asked.clear()
+    jax.config.update("jax_enable_preemption_service", False)  # it takes the signal for itself
     heard, told = socket.socketpair()
     told.setblocking(False)
     before = signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())

@@ -3,7 +3,7 @@
 A pod in which one host hangs or has died waits in a collective until somebody looks. So every
 process publishes its `progress` and reads that of the others, and a thread of each ends its own
 process, with one line that names who stood still; whatever started the run starts it again. That
-needs nothing of the main thread, which may hang anywhere.
+needs nothing of the main thread, which may hang anywhere. SIGTERM on one reaches all the same way.
 
 A process stands still when nothing is heard of it any more (it is dead or frozen); when its count
 does not rise although it does not wait for others; or when no process's count rises at all.
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import jax
 from jax._src import distributed  # where its client is; Orbax finds it there too
 
-from vibejax import progress
+from vibejax import preemption, progress
 from vibejax.progress import Progress
 
 EXIT_CODE = os.EX_TEMPFAIL  # to be tried again
-LOOKS = 8  # within the limit
+LOOKS = 8  # within the limit, at least
+LOOK_S = 2.0  # between two, at most: SIGTERM leaves half a minute
 
 
 class News(NamedTuple):
@@ -35,10 +36,12 @@ class News(NamedTuple):
     Attributes:
         progress: how far it was.
         told: how often it had said so: rises while the process lives.
+        asked: whether it was asked to end.
     """
 
     progress: Progress
     told: int
+    asked: bool = False
 
 
 class KeyValuePeers:
@@ -55,15 +58,15 @@ class KeyValuePeers:
 
     def publish(self, news: News) -> None:
         """Tells the others of this process."""
-        value = json.dumps([*news.progress, news.told])
+        value = json.dumps([*news.progress, news.told, news.asked])
         self._client.key_value_set(f"{self.PREFIX}{self._process}", value, allow_overwrite=True)
 
     def peers(self) -> dict[int, News]:
         """The latest of every process that has said something."""
         found = {}
         for key, value in self._client.key_value_dir_get(self.PREFIX):
-            count, waiting, told = json.loads(value)
-            found[int(key.rpartition("/")[2])] = News(Progress(count, waiting), told)
+            count, waiting, told, asked = json.loads(value)
+            found[int(key.rpartition("/")[2])] = News(Progress(count, waiting), told, asked)
         return found
 
 
@@ -118,13 +121,14 @@ class Judge:
 def watching(limit_s: float, end: Callable[[str], None] | None = None) -> Iterator[None]:
     """Watches over the processes of a run as long as the block runs.
 
+    A process that is asked to end asks the others.
+
     Args:
         limit_s: seconds without progress after which this process ends; 0: never.
         end: called with the line of who stood still; None prints it and ends the process.
     """
-    if not limit_s:
-        yield
-        return
+    limit_s = limit_s or float("inf")
+    look_s = min(limit_s / LOOKS, LOOK_S)
     end, process, processes = end or _end, jax.process_index(), jax.process_count()
     client = distributed.global_state.client
     peers = KeyValuePeers(client, process) if processes > 1 else None
@@ -135,11 +139,13 @@ def watching(limit_s: float, end: Callable[[str], None] | None = None) -> Iterat
         for told in itertools.count():
             # The store is gone when process 0 is: then nothing is heard, which the judge sees.
             with contextlib.suppress(RuntimeError):
-                peers.publish(News(progress.now(), told))
-                news = peers.peers()
+                peers.publish(News(progress.now(), told, preemption.asked()))
+                news = {p: n for p, n in peers.peers().items() if p != process}
                 with lock:
-                    judge.hear({p: n for p, n in news.items() if p != process}, time.monotonic())
-            if done.wait(limit_s / LOOKS):
+                    judge.hear(news, time.monotonic())
+                if any(n.asked for n in news.values()) and not preemption.asked():
+                    preemption.ask()
+            if done.wait(look_s):
                 return
 
     def watch() -> None:
@@ -151,7 +157,7 @@ def watching(limit_s: float, end: Callable[[str], None] | None = None) -> Iterat
             if line is not None:
                 end(f"process {process} of {processes} ends: {line}")
                 return
-            if done.wait(limit_s / LOOKS):
+            if done.wait(look_s):
                 return
 
     jax.monitoring.register_event_duration_secs_listener(progress.compiled)
