@@ -104,7 +104,7 @@ from vibejax import preemption, progress, watchdog
 process, port = int(sys.argv[1]), sys.argv[2]
 with preemption.handled(grace_s=10):
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
-    with watchdog.watching(2.0):
+    with watchdog.watching(float(sys.argv[4])):
         print("ready", flush=True)
         if process == int(sys.argv[3]):
             with progress.waiting():
@@ -116,7 +116,7 @@ with preemption.handled(grace_s=10):
 
 
 @contextlib.contextmanager
-def two_processes(waits):
+def two_processes(waits, limit_s):
     """Two that have found each other; number `waits` is at a barrier, the other works."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ def two_processes(waits):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(i), str(port), str(waits)],
+            [sys.executable, "-c", SCRIPT, str(i), str(port), str(waits), str(limit_s)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for i in (0, 1)
@@ -145,7 +145,7 @@ def test_two_processes_and_one_that_freezes(frozen):
 
     Process 0 holds the store in which they meet.
     """
-    with two_processes(waits=1 - frozen) as processes:
+    with two_processes(1 - frozen, 2.0) as processes:
         waiting = processes[1 - frozen]
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(timeout=3)
@@ -157,7 +157,7 @@ def test_two_processes_and_one_that_freezes(frozen):
 
 
 def test_sigterm_on_one_process_reaches_the_other():
-    with two_processes(waits=2) as processes:
+    with two_processes(2, 60.0) as processes:
         processes[1].send_signal(signal.SIGTERM)
         for process in processes:
             _, err = process.communicate(timeout=30)

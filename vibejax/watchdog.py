@@ -137,6 +137,7 @@ def watching(limit_s: float, end: Callable[[str], None] | None = None) -> Iterat
 
     def talk() -> None:
         for told in itertools.count():
+            last = done.is_set()  # whoever ends says once more whether it was asked to
             # The store is gone when process 0 is: then nothing is heard, which the judge sees.
             with contextlib.suppress(RuntimeError):
                 peers.publish(News(progress.now(), told, preemption.asked()))
@@ -145,8 +146,9 @@ def watching(limit_s: float, end: Callable[[str], None] | None = None) -> Iterat
                     judge.hear(news, time.monotonic())
                 if any(n.asked for n in news.values()) and not preemption.asked():
                     preemption.ask()
-            if done.wait(look_s):
+            if last:
                 return
+            done.wait(look_s)
 
     def watch() -> None:
         for told in itertools.count():
@@ -162,12 +164,16 @@ def watching(limit_s: float, end: Callable[[str], None] | None = None) -> Iterat
 
     jax.monitoring.register_event_duration_secs_listener(progress.compiled)
     # Two threads: talking to others blocks when the process that holds the store is frozen.
-    for task in (talk, watch) if peers else (watch,):
-        threading.Thread(target=task, name=f"watchdog-{task.__name__}", daemon=True).start()
+    tasks = (talk, watch) if peers else (watch,)
+    threads = [threading.Thread(target=task, name=task.__name__, daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         done.set()
+        for thread in threads:
+            thread.join(LOOK_S)
         jax.monitoring.unregister_event_duration_listener(progress.compiled)
 
 
