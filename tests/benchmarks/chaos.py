@@ -1,7 +1,7 @@
 """Kills at random moments of a 30-step run: `python tests/benchmarks/chaos.py [--kills 20]`.
 
-The tiny policy of the tests, with refills, held-out evaluations and a checkpoint every third step,
-in a process that is killed by SIGKILL or asked to end by SIGTERM and started again by the same
+The tiny policy of the tests, with refills, two updates a step, held-out evaluations and a
+checkpoint every third step, in a process that is killed by SIGKILL or asked to end by SIGTERM and started again by the same
 command, until all kills are spent and the run is complete. Then its parameters and optimizer state,
 its final model and its metrics (but for time/*) must be, bit for bit, those of a run that was left
 alone, with no step lost or doubled; SIGTERM must have ended it with 143 within 25 s; completions
@@ -48,6 +48,8 @@ max_prompt_tokens = 8
 max_completion_tokens = 40
 slots = 16
 window = 4
+[objective]
+updates = 2
 [optimizer]
 learning_rate = 1e-3
 [train]
