@@ -1,11 +1,12 @@
 """Kills at random moments of a 30-step run: `python tests/benchmarks/chaos.py [--kills 20]`.
 
 The tiny policy of the tests, with refills, two updates a step, held-out evaluations and a
-checkpoint every third step, in a process that is killed by SIGKILL or asked to end by SIGTERM and started again by the same
-command, until all kills are spent and the run is complete. Then its parameters and optimizer state,
-its final model and its metrics (but for time/*) must be, bit for bit, those of a run that was left
-alone, with no step lost or doubled; SIGTERM must have ended it with 143 within 25 s; completions
-must have been taken from the journal. Prints one row; exits with 1 where one of these is not so.
+checkpoint every third step, in a process that is killed by SIGKILL or asked to end by SIGTERM and
+started again by the same command, until all kills are spent and the run is complete. Then its
+parameters and optimizer state, its final model and its metrics (but for time/*) must be, bit for
+bit, those of a run that was left alone, with no step lost or doubled; SIGTERM must have ended it
+with 143 within 25 s; completions must have been taken from the journal. Prints one row; exits with
+1 where one of these is not so.
 
 Verifiers have all the time that they could need: a kill must not turn into a time-out.
 """
