@@ -19,7 +19,7 @@ with preemption.handled(grace_s=1.5):
     finally:
         print("cleaned up", flush=True)
 """
-LOOKING = "while True: progress.beat(); time.sleep(0.01)"
+LOOKING = "[(progress.beat(), time.sleep(0.01)) for _ in iter(int, 1)]"
 # One call into C that no Python line interrupts: as a compile is, for the main thread.
 DEAF = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"
 SLOW_TO_END = """
@@ -64,6 +64,13 @@ def test_a_second_signal_breaks_nothing():
         time.sleep(0.1)
     code, out, *_ = ended(process)
     assert (code, out) == (143, "cleaned up\n")
+
+
+def test_nothing_of_the_interpreter_delays_the_end():
+    process = started("import atexit; atexit.register(time.sleep, 50); " + LOOKING)
+    process.send_signal(signal.SIGTERM)
+    code, out, _, seconds = ended(process)
+    assert (code, out) == (143, "cleaned up\n") and seconds < 40
 
 
 def test_a_main_thread_that_hears_nothing_is_ended():
