@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # bottom first; a folder counts as one module
     {"kernels"},
-    {"config_file"},
-    {"config", "sharding", "distributed", "rope"},
+    {"config_file", "preemption"},
+    {"progress"},
+    {"config", "sharding", "distributed", "rope", "digests"},
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"},
-    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes"},
+    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "watchdog"},
     {"domains"},
     {"checkpoint_config"},
     {"safetensors_folder"},
@@ -24,7 +25,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"checkpoint", "sampling", "scheduler", "memory_plan"},
     {"decode"},
     {"batching", "completions"},
-    {"engine"},
+    {"engine", "journal"},
     {"rollout", "scoring", "report", "handover", "reliability", "clr_questions"},
     {"policy", "replies", "clr_results", "manifest", "exchange"},
     # The stages: each a command, none built on another.

@@ -90,6 +90,12 @@ def metrics(out):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
+def reused(out):
+    """Completions that the run took from its journal, in all steps that it has finished."""
+    rows = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return sum(row.get("time/journaled", 0) for row in rows)
+
+
 def final(out):
     config = weights.load_config(out / "final")
     return jax.device_get(weights.load_params(out / "final", config, None, jnp.float32))
@@ -143,7 +149,8 @@ def checkpoint_arrays(out):
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager((out / "checkpoints").absolute()) as manager:
-        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+        arrays = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return manager.restore(manager.latest_step(), args=arrays).state
 
 
 @pytest.mark.parametrize("moment", ["start", "sampling", "saving"])
@@ -167,11 +174,42 @@ def test_killed_and_resumed_equals_uninterrupted(folder, uninterrupted, moment):
     assert not (out / "final").exists()
     done = run(folder, out, "resume=true")
     assert done.returncode == 0, done.stderr
-    assert metrics(out) == metrics(uninterrupted[0])
-    jax.tree.map(
-        np.testing.assert_array_equal, checkpoint_arrays(out), checkpoint_arrays(uninterrupted[0])
-    )
-    jax.tree.map(np.testing.assert_array_equal, final(out), final(uninterrupted[0]))
+    assert_same(out, uninterrupted[0])
+    if moment == "sampling":
+        assert reused(out) >= 16, "step 3 was sampled before the kill, and is not in a checkpoint"
+
+
+def assert_same(out, other):
+    assert metrics(out) == metrics(other)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint_arrays(out), checkpoint_arrays(other))
+    jax.tree.map(np.testing.assert_array_equal, final(out), final(other))
+    assert not list((out / "journal").iterdir()), "a finished run has nothing to go on with"
+
+
+def test_sigterm_twice_and_the_same_command_again(folder, uninterrupted):
+    """Exit code 143, one line, and resume = "auto" goes on; the step's rollout is not done anew."""
+    out = folder / "preempted"
+    process = subprocess.Popen(
+        command(folder, out, "resume=auto"), stderr=subprocess.PIPE, text=True,
+        env=environment(folder),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while rows_written(out) < 4 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    began = time.monotonic()
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - began < 25
+    lines = [line for line in stderr.splitlines() if "SIGTERM" in line]
+    assert lines == ["ended by SIGTERM; the same command goes on, with resume set"]
+    assert not (out / "final").exists() and "Traceback" not in stderr
+    done = run(folder, out, "resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert_same(out, uninterrupted[0])
+    assert reused(out) >= 16
 
 
 def rows_written(out):

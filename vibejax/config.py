@@ -18,6 +18,8 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=64)]  # part of a file name
+# auto: the same command starts a run and goes on with it, as a pod's does that is started again.
+Resume = Literal[False, True, "auto"]
 
 
 def _field(default: Any, meaning: str) -> Any:
@@ -213,6 +215,17 @@ class CheckpointConfig(Section):
 
     every: Count = _field(20, "steps between checkpoints; the last step is always saved")
     keep: Count = _field(2, "newest checkpoints kept")
+    keep_every: Natural = _field(
+        0, "steps between checkpoints that are kept for good, a multiple of `every`; 0: none are"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self):
+        if self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every = {self.keep_every} must be a multiple of every = {self.every}"
+            )
+        return self
 
 
 class RlConfig(Section):
@@ -222,7 +235,14 @@ class RlConfig(Section):
     prompts: str = Field(description="training prompts, JSONL or parquet")
     heldout: str = _field("", "held-out prompts; empty: no evaluation")
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on from the last checkpoint in `out`")
+    resume: Resume = _field(
+        False, "go on from the last checkpoint in `out`; auto: if there is a run, else begin it"
+    )
+    watchdog_s: NotNegative = _field(
+        1_800.0,
+        "seconds without a window, micro-batch, verdict or compiled program after which the "
+        "process ends with an error, as hung; 0: never",
+    )
     steps: Count = _field(1_000, "optimizer steps")
     seed: Natural = _field(0, "of the prompt order and of sampling")
     drop_solved: bool = _field(
@@ -276,7 +296,7 @@ class ProbeConfig(Section):
         min_length=1, description="table of a probing set for each domain, JSONL or parquet"
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(
+    resume: Resume = _field(
         False, "go on in `out`; `checkpoints` and `domains` may differ, scores that it has stay"
     )
     seed: Natural = _field(0, "of sampling; all checkpoints get the same draws")
@@ -314,7 +334,7 @@ class EvaluateConfig(Section):
         "problem (0 or none: the stage's `samples`)}",
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on in `out` with what is not answered yet")
+    resume: Resume = _field(False, "go on in `out` with what is not answered yet")
     seed: Natural = _field(0, "of sampling")
     samples: Count = _field(16, "completions of each problem, where a set does not say")
     dtype: Dtype = _field("float32", "of the computation")
@@ -340,7 +360,7 @@ class ClrConfig(Section):
         "package:vibejax/clr_questions.toml", "TOML file of what is asked about completions"
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on in `out`, where `repeats` may differ")
+    resume: Resume = _field(False, "go on in `out`, where `repeats` may differ")
     seed: Natural = _field(0, "of sampling; each repeat has draws of its own")
     samples: Count = _field(32, "completions K of each prompt")
     claims: Count = _field(5, "claims M of each completion")
@@ -382,7 +402,14 @@ class SftConfig(Section):
     data: str = Field(description="JSONL or parquet of messages, or of prompt and completion")
     heldout: str = _field("", "held-out documents, as `data`; empty: no evaluation")
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on from the last checkpoint in `out`")
+    resume: Resume = _field(
+        False, "go on from the last checkpoint in `out`; auto: if there is a run, else begin it"
+    )
+    watchdog_s: NotNegative = _field(
+        1_800.0,
+        "seconds without a window, micro-batch, verdict or compiled program after which the "
+        "process ends with an error, as hung; 0: never",
+    )
     epochs: NotNegative = _field(0.0, "passes over `data`, in place of `steps`")
     steps: Natural = _field(0, "optimizer steps, in place of `epochs`")
     documents_per_step: Count = _field(
@@ -473,7 +500,7 @@ class DistillConfig(Section):
         min_length=1, description="table of a table for each domain"
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(
+    resume: Resume = _field(
         False, "go on in `out`; `domains` and `selection` may differ, samples and scores stay"
     )
     seed: Natural = _field(0, "of sampling, and of what goes beyond a domain's share")

@@ -222,7 +222,8 @@ def _field_lines(cls: type[Section]) -> Iterator[str]:
     """Lines of --help: name, type, default and meaning."""
     for name, kind, field in _fields(cls):
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        type_name = " | ".join(choices) or getattr(kind, "__name__", str(kind))
+        written = (c if isinstance(c, str) else _literal(c) for c in choices)
+        type_name = " | ".join(written) or getattr(kind, "__name__", str(kind))
         default = "required" if field.is_required() else f"default {_literal(field.default)}"
         yield f"  {name} ({type_name}, {default})"
         yield f"      {field.description}"

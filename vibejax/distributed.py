@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import jax
 from jax._src.distributed import global_state as _state  # its key-value store has no public name
 
-from vibejax import config_file
+from vibejax import config_file, preemption, progress
 from vibejax.config_file import InputError, Section
 
 LOG = logging.getLogger("vibejax")
@@ -90,7 +90,6 @@ def joined(config: Section) -> Iterator[None]:
     try:
         require_alike(config)
         yield
-        gather(None)  # the first may still be writing what all have computed
     except PeerError:
         raise
     except Exception as error:
@@ -210,6 +209,11 @@ def _positive(environment: Mapping[str, str], name: str) -> int:
     return number
 
 
+def store() -> Any:
+    """JAX's client of the key-value store that all processes share; None where there is one."""
+    return _state.client
+
+
 def count() -> int:
     """How many processes the run has."""
     return _state.num_processes
@@ -278,7 +282,7 @@ def code_digest(folder: Path = Path(__file__).parent) -> str:
 def gather(value: Any) -> list[Any]:
     """What every process gave to its own call, in their order; all must call.
 
-    A process waits for the others for as long as they need.
+    A process waits for the others for as long as they need; it may be asked to end meanwhile.
 
     Args:
         value: what JSON can hold.
@@ -288,7 +292,11 @@ def gather(value: Any) -> list[Any]:
     """
     if _state.client is None:
         return [value]
-    name = next(_rounds)
+    with progress.waiting():
+        return _gathered(next(_rounds), value)
+
+
+def _gathered(name: int, value: Any) -> list[Any]:
     _state.client.key_value_set(f"vibejax/{name}/{process()}", json.dumps(value))
     if first():
         values = [_told(f"vibejax/{name}/{number}") for number in range(count())]
@@ -301,6 +309,7 @@ def gather(value: Any) -> list[Any]:
 def _told(key: str) -> str:
     """The value of a key, once a process has set it."""
     while True:
+        preemption.check()
         try:
             return _state.client.blocking_key_value_get(key, LOOK_S * 1_000)
         except jax.errors.JaxRuntimeError as error:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from vibejax import attention, batching, decode, memory_plan, sharding
+from vibejax import attention, batching, decode, memory_plan, progress, sharding
 from vibejax.batching import Draft
 from vibejax.completions import (
     Completion,
@@ -174,7 +174,8 @@ class Engine:
             plans = [part.plan(share) for part in parts]
             for plan in plans:
                 for sequence in plan.started:
-                    drafts.setdefault(sequence, _draft(requests[sequence.job.id]))
+                    request = requests[sequence.job.id]
+                    drafts.setdefault(sequence, _draft(request, sequence.sample))
             tables.write(plans)
             self.counts.host_s += time.perf_counter() - began
             self._fill(plans, requests, drafts)
@@ -183,6 +184,7 @@ class Engine:
             if places.assign(plans):
                 drawn = self._window(places, drafts, tables, how, seed, step)
             yield from ended  # while the device works
+            progress.beat()
             if run != self._runs:
                 raise EngineError("the engine was closed, loaded or asked for something else")
             drawn = jax.device_get(drawn)
@@ -281,7 +283,7 @@ class Engine:
                 self._learn(requests[sequence.job.id].prompt, draft.count)
                 completions.append(
                     Completion(
-                        sequence.job.id, sequence.sample, draft.tokens[: draft.count].copy(),
+                        sequence.job.id, draft.sample, draft.tokens[: draft.count].copy(),
                         draft.logprobs[: draft.count].copy(), stop,
                     )
                 )  # fmt: skip
@@ -312,9 +314,10 @@ class Engine:
             )
 
 
-def _draft(request: Request) -> Draft:
+def _draft(request: Request, place: int) -> Draft:
     return Draft(
         prompt=request.prompt,
+        sample=request.numbers[place] if request.numbers else place,
         prompt_tokens=np.asarray(request.tokens, np.int32),
         tokens=np.empty(request.max_tokens, np.int32),
         logprobs=np.empty(request.max_tokens, np.float32),

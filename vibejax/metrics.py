@@ -17,7 +17,7 @@ class Metrics:
 
     Of several processes the first does.
 
-    Names are `area/name`; seconds and rates, which differ from run to run, are in `time/`.
+    Names are `area/name`; what differs from run to run, as seconds and rates do, is in `time/`.
     """
 
     def __init__(self, folder: Path, step: int, columns: dict[str, tuple[str, str]]):

@@ -7,6 +7,7 @@ same command runs once on each (see `distributed`): every host samples and verif
 the prompts, and all take one update together.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,10 +23,12 @@ import optax
 
 from vibejax import (
     data,
+    digests,
     distributed,
     exchange,
     handover,
     optimizer,
+    preemption,
     qwen2,
     rollout,
     run_folder,
@@ -33,6 +36,7 @@ from vibejax import (
     sharding,
     tokenizer,
     train,
+    watchdog,
     weights,
 )
 from vibejax.checkpoint import Checkpoints
@@ -41,6 +45,7 @@ from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
+from vibejax.journal import Journal
 from vibejax.locations import resolve
 from vibejax.losses import importance, mgpo
 from vibejax.metrics import Metrics
@@ -72,7 +77,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What stays the same over a run."""
+    """What stays the same over a run; `journal`, of what is sampled, lies in its folder."""
 
     config: RlConfig
     source: Path
@@ -83,12 +88,17 @@ class Setup:
     optimizer: optax.GradientTransformation
     train_step: TrainStep
     score: Callable[[Params, train.Batch], jax.Array]
+    journal: Journal | None = None
 
 
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(RlConfig, doc=__doc__, default=DEFAULT)
-    with errors_in_one_line(VerifierFailure, OSError), distributed.joined(config):
+    with (
+        preemption.handled(),
+        errors_in_one_line(VerifierFailure, OSError),
+        distributed.joined(config),
+    ):
         run(config)
 
 
@@ -109,17 +119,20 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         data.easiest(prompts, 1.0, at_least=1)  # names a record without accuracy before all else
     heldout = _prompts(setup, config.heldout)[: config.eval.prompts] if config.heldout else []
     folder = run_folder.open_run(config, "rl")
+    journal = Journal(folder / "journal", config, distributed.process())
+    setup = dataclasses.replace(setup, journal=journal)
     with (
+        watchdog.watching(config.watchdog_s),
         distributed.log_file(folder),
         open_pool(**config.verifiers.pool_arguments()) as pool,
         jax.set_mesh(setup.mesh),
+        contextlib.closing(_checkpoints(folder, config)) as checkpoints,
     ):
         reference = _load(setup) if config.objective.kl else None
-        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         state = train.init_state(_load(setup), setup.optimizer)
         if config.resume:
             state = checkpoints.restore_latest(state)
-        done = int(state.step)
+        done = int(state.step) // config.objective.updates
         metrics = Metrics(folder, done, COLUMNS)
         evaluations = Log(folder / "heldout.jsonl", done)
         samples = Log(folder / "samples.jsonl", done)
@@ -147,7 +160,6 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             state, values = update(setup, state, rolled, reference)
             if not values["optimizer/finite"]:
                 checkpoints.save(step - 1, state)
-                checkpoints.close()
                 raise RunError(
                     f"step {step}: the loss or the gradient is not finite; the state after step "
                     f"{step - 1} is saved in {folder / 'checkpoints'}"
@@ -162,9 +174,14 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             _write_samples(samples, step, rolled, setup)
             metrics.write(step, values)
             if step == config.steps or step % config.checkpoint.every == 0:
+                for log in (metrics.log, evaluations, samples):
+                    log.sync()
+                saved = checkpoints.latest_step()
                 checkpoints.save(step, state)
+                journal.drop(saved or 0)  # that one is finished now
         for file in (metrics, evaluations, samples, checkpoints):
             file.close()
+        journal.drop(config.steps + 1)
         weights.save_params(
             state.params, setup.model, folder / "final", dtype="bfloat16", source=setup.source
         )
@@ -210,6 +227,11 @@ def set_up(config: RlConfig) -> Setup:
             out_shardings=sharding.replicated(mesh),
         ),
     )
+
+
+def _checkpoints(folder: Path, config: RlConfig) -> Checkpoints:
+    kept = config.checkpoint
+    return Checkpoints(folder / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
 
 
 def policy_loss(
@@ -384,6 +406,10 @@ def _training_draws(setup: Setup) -> Sampling:
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
     """Verified completions by the engines, which hold weights and pages for as long as it takes."""
     config, engine = setup.config, setup.engine
+    entries = None
+    if setup.journal:
+        done = int(state.step) // config.objective.updates
+        entries = setup.journal.open(done, step, digests.of_tree(state.params))
     handover.hand_over(engine, state.params, setup.score, prompts[0], config, setup.mesh)
     began = time.perf_counter()
     own = rollout.sample(
@@ -396,7 +422,10 @@ def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
         how=how,
         seed=config.seed,
         step=step,
+        entries=entries,
     )
+    if entries:
+        entries.close()
     engine.release()
     distributed.LOG.info(
         "step %d: %d prompts, %d tokens in %.1f s", step, len(own.prompts), engine.counts.tokens,

@@ -1,8 +1,9 @@
 """A run's folder: created fresh or resumed, with the configuration it belongs to.
 
 A folder holds config.toml, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
-checkpoints/, logs/, exports/ and, at the end, final/; the last two hold HF folders. All processes
-of a run see the same folder; the first one writes what is not named after a process.
+checkpoints/, logs/, exports/ and, at the end, final/; the last two hold HF folders. While an RL run
+samples, journal/ holds what it has sampled. All processes of a run see the same folder; the first
+one writes what is not named after a process.
 """
 
 import itertools
@@ -38,10 +39,15 @@ def check_run(config: Section, changeable: Sequence[str] = ()) -> None:
 def _check(config: Section, changeable: Sequence[str]) -> None:
     if not config.out:
         if config.resume:
-            raise RunError("resume = true needs out, the folder of the run to go on with")
+            given = json.dumps(config.resume)
+            raise RunError(f"resume = {given} needs out, the folder of the run to go on with")
         return
     folder = Path(config.out)
-    if not config.resume:
+    if not resumes(config):
+        if config.resume == "auto":
+            if folder.exists() and not folder.is_dir():
+                raise RunError(f"{folder}: is not a folder")
+            return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: exists; choose another out, or go on with resume = true")
         return
@@ -58,6 +64,13 @@ def _check(config: Section, changeable: Sequence[str]) -> None:
         raise RunError(
             f"{folder}: cannot resume with another configuration: {'; '.join(differing)}"
         )
+
+
+def resumes(config: Section) -> bool:
+    """Whether a run goes on in its folder; where `resume` is "auto", whether it has begun there."""
+    if config.resume == "auto":
+        return (Path(config.out) / "config.toml").is_file()
+    return config.resume
 
 
 def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Path:
@@ -78,11 +91,13 @@ def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Pat
 
 def _open(config: Section, stage: str, changeable: Sequence[str]) -> Path:
     _check(config, changeable)
-    if config.resume and not changeable:
+    if resumes(config) and not changeable:
         return Path(config.out)
     folder = Path(config.out) if config.out else _fresh(stage)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(config_file.dump(config))
+    part = folder / "config.part"
+    part.write_text(config_file.dump(config))
+    part.replace(folder / "config.toml")  # with it a run has begun
     return folder
 
 
@@ -123,6 +138,10 @@ class Log:
         self.rows.append({"step": step, **row})
         self._file.write(json.dumps(self.rows[-1]) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until the disk has all lines: a checkpoint must not outlive them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

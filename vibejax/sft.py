@@ -6,6 +6,7 @@ function of (seed, step), so a resumed run goes on as if it had not stopped. The
 folder, `final` in the run folder; `exports` holds those that were asked for on the way.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -22,11 +23,13 @@ from vibejax import (
     distributed,
     optimizer,
     packing,
+    preemption,
     qwen2,
     run_folder,
     sharding,
     tokenizer,
     train,
+    watchdog,
     weights,
 )
 from vibejax.checkpoint import Checkpoints
@@ -80,7 +83,7 @@ class Setup:
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(SftConfig, doc=__doc__)
-    with errors_in_one_line(OSError), distributed.joined(config):
+    with preemption.handled(), errors_in_one_line(OSError), distributed.joined(config):
         run(config)
 
 
@@ -94,7 +97,15 @@ def run(config: SftConfig) -> Path:
     run_folder.check_run(config)
     setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
-    with distributed.log_file(folder), jax.set_mesh(setup.mesh):
+    kept = config.checkpoint
+    with (
+        watchdog.watching(config.watchdog_s),
+        distributed.log_file(folder),
+        jax.set_mesh(setup.mesh),
+        contextlib.closing(
+            Checkpoints(folder / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
+        ) as checkpoints,
+    ):
         adamw = optimizer.make_optimizer(config.optimizer, setup.steps)
         schedule = optimizer.make_schedule(config.optimizer, setup.steps)
         loss_fn = make_loss(setup.model, config)
@@ -105,7 +116,6 @@ def run(config: SftConfig) -> Path:
             lambda params, rows: _logprobs(params, rows, setup.model, config),
             out_shardings=sharding.replicated(setup.mesh),
         )
-        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         state = train.init_state(_params(setup), adamw)
         if config.resume:
             state = checkpoints.restore_latest(state)
@@ -120,7 +130,6 @@ def run(config: SftConfig) -> Path:
             state, values = step_of.apply(state, sums)
             if not values["optimizer/finite"]:
                 checkpoints.save(step - 1, state)
-                checkpoints.close()
                 raise RunError(
                     f"step {step}: the loss or the gradient is not finite; the state after step "
                     f"{step - 1} is saved in {folder / 'checkpoints'}"
@@ -135,6 +144,7 @@ def run(config: SftConfig) -> Path:
             if config.export_every and step % config.export_every == 0:
                 _export(setup, state, folder / "exports" / f"step-{step:06d}")
             if last or step % config.checkpoint.every == 0:
+                metrics.log.sync()
                 checkpoints.save(step, state)
         metrics.close()
         checkpoints.close()

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vibejax import packing, qwen2, sharding
+from vibejax import packing, progress, qwen2, sharding
 from vibejax.attention import Implementation
 from vibejax.config import TrainConfig
 from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
@@ -213,6 +213,7 @@ def sum_documents(
     for part in packing.microbatches(rows, config.microbatch_rows):
         sums, logprob_BT = step.accumulate(params, sums, place(part, mesh))
         logprobs.append(logprob_BT)
+        progress.beat()
     if not logprobs:
         return sums, []
     return sums, _unpack(logprobs, rows, documents, row_plan)
@@ -238,7 +239,10 @@ def score_documents(
     """
     row_plan, rows = _rows(documents, config, mesh)
     parts = packing.microbatches(rows, config.microbatch_rows)
-    logprobs = [score(params, place(part, mesh)) for part in parts]
+    logprobs = []
+    for part in parts:
+        logprobs.append(score(params, place(part, mesh)))
+        progress.beat()
     return _unpack(logprobs, rows, documents, row_plan)
 
 
