@@ -12,8 +12,9 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"kernels"},
     {"config_file"},
     {"config", "sharding", "distributed", "rope"},
-    {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"},
-    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes"},
+    {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
+    | {"goodput", "profiling"},
+    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs"},
     {"domains"},
     {"checkpoint_config"},
     {"safetensors_folder"},

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from vibejax import goodput
 from vibejax.run_folder import RunError
 from vibejax.train import TrainState
 
@@ -26,6 +27,7 @@ class Checkpoints:
         """The newest finished checkpoint's step."""
         return self._manager.latest_step()
 
+    @goodput.phase("save")
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing `state`; an earlier save that failed is reported here.
 

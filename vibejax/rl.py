@@ -20,8 +20,11 @@ import optax
 
 from vibejax import (
     data,
+    goodput,
     handover,
+    memory_plan,
     optimizer,
+    programs,
     qwen2,
     rollout,
     run_folder,
@@ -41,6 +44,7 @@ from vibejax.locations import resolve
 from vibejax.losses import importance, mgpo
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
+from vibejax.profiling import Profile
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.rollout import Rollout
 from vibejax.run_folder import Log, RunError
@@ -99,6 +103,8 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used, or the run cannot go on.
     """
     began = time.perf_counter()
+    goodput.start()
+    programs.prepare(deterministic=config.deterministic)
     setup = set_up(config)
     prompts = _prompts(setup, config.prompts)
     if config.curriculum_steps:
@@ -115,6 +121,8 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         metrics = Metrics(folder, done, COLUMNS)
         evaluations = Log(folder / "heldout.jsonl", done)
         samples = Log(folder / "samples.jsonl", done)
+        profile = Profile(folder / "profile", config.profile.steps)
+        print(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
 
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
             if not heldout:
@@ -129,6 +137,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             metrics.write(0, evaluate(state, 0))
         for step in range(done + 1, config.steps + 1):
             start = time.perf_counter()
+            profile.begin(step)
             rolled = roll_out(setup, state, prompts, step, pool)
             sampled = time.perf_counter()
             if not rolled.finite:
@@ -152,10 +161,10 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 values |= evaluate(state, step)
             _write_samples(samples, step, rolled, setup)
-            metrics.write(step, values)
+            metrics.write(step, values | goodput.shares())
             if step == config.steps or step % config.checkpoint.every == 0:
                 checkpoints.save(step, state)
-        for file in (metrics, evaluations, samples, checkpoints):
+        for file in (metrics, evaluations, samples, checkpoints, profile):
             file.close()
         weights.save_params(
             state.params, setup.model, folder / "final", dtype="bfloat16", source=setup.source
@@ -282,6 +291,7 @@ def evaluate_heldout(
     return _sample(setup, state, prompts, pool, how, config.eval.samples, HELDOUT_DRAWS)
 
 
+@goodput.phase("train")
 def update(
     setup: Setup, state: TrainState, rolled: Rollout, reference: Params | None
 ) -> tuple[TrainState, dict[str, Any]]:

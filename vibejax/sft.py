@@ -17,7 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import data, optimizer, packing, qwen2, run_folder, sharding, tokenizer, train, weights
+from vibejax import (
+    data,
+    goodput,
+    memory_plan,
+    optimizer,
+    packing,
+    programs,
+    qwen2,
+    run_folder,
+    sharding,
+    tokenizer,
+    train,
+    weights,
+)
 from vibejax.checkpoint import Checkpoints
 from vibejax.config import SftConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -26,6 +39,7 @@ from vibejax.locations import resolve
 from vibejax.losses.nll import nll_loss
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
+from vibejax.profiling import Profile
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.rope import Rope
 from vibejax.run_folder import RunError
@@ -81,6 +95,8 @@ def run(config: SftConfig) -> Path:
     """
     began = time.perf_counter()
     run_folder.check_run(config)
+    goodput.start()
+    programs.prepare(deterministic=config.deterministic)
     setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
     with jax.set_mesh(setup.mesh):
@@ -97,13 +113,20 @@ def run(config: SftConfig) -> Path:
             state = checkpoints.restore_latest(state)
         done = int(state.step)
         metrics = Metrics(folder, done, COLUMNS)
+        profile = Profile(folder / "profile", config.profile.steps)
+        print(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
         if done == 0 and setup.heldout:
             metrics.write(0, heldout_loss(setup, state.params, score))
         for step in range(done + 1, setup.steps + 1):
             start = time.perf_counter()
+            profile.begin(step)
             batch = step_documents(setup, step)
-            sums, _ = train.sum_documents(step_of, state.params, batch, config.train, setup.mesh)
-            state, values = step_of.apply(state, sums)
+            with goodput.phase("train"):
+                sums, _ = train.sum_documents(
+                    step_of, state.params, batch, config.train, setup.mesh
+                )
+                state, values = step_of.apply(state, sums)
+                values = jax.device_get(values)  # waits for the devices
             if not values["optimizer/finite"]:
                 checkpoints.save(step - 1, state)
                 checkpoints.close()
@@ -117,13 +140,13 @@ def run(config: SftConfig) -> Path:
             last = step == setup.steps
             if setup.heldout and (last or (config.eval.every and step % config.eval.every == 0)):
                 row |= heldout_loss(setup, state.params, score)
-            metrics.write(step, row)
+            metrics.write(step, row | goodput.shares())
             if config.export_every and step % config.export_every == 0:
                 _export(setup, state, folder / "exports" / f"step-{step:06d}")
             if last or step % config.checkpoint.every == 0:
                 checkpoints.save(step, state)
-        metrics.close()
-        checkpoints.close()
+        for file in (metrics, checkpoints, profile):
+            file.close()
         _export(setup, state, folder / "final")
     _print_summary(metrics.log.rows, time.perf_counter() - began)
     return folder
