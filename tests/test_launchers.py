@@ -333,14 +333,21 @@ def test_slurm_submits_itself(recorded, monkeypatch):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("status, requeued", [(0, []), (1, []), (143, [["requeue", "7"]])])
-def test_a_slurm_job_is_queued_again_only_after_a_sigterm(recorded, monkeypatch, status, requeued):
+@pytest.mark.parametrize(
+    "status, restarts, again",
+    [(0, 0, False), (1, 0, False), (143, 9, True), (75, 4, True), (75, 5, False)],
+)
+def test_a_slurm_job_is_queued_again_where_that_helps(
+    recorded, monkeypatch, status, restarts, again
+):
+    """After a SIGTERM always, after the watchdog a few times, after other errors never."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     recorded("srun", status=status)
     calls = recorded("scontrol")
     assert run("slurm.sh", "--", *COMMAND).returncode == status
     assert [call[2:] for call in calls("srun")] == [COMMAND]
-    assert calls("scontrol") == requeued
+    assert calls("scontrol") == [["requeue", "7"]] * again
 
 
 @pytest.mark.parametrize(

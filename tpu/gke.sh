@@ -149,11 +149,12 @@ xpk() {
   ((${#command[@]})) || fail 'xpk: needs -- and a command'
   describe_slice "$slice"
   ! $spot || options+=(--spot)
-  # XPK starts again what ended with 127 to 255, here also with 1, and counts every start.
+  # XPK starts again what ended with 127 to 255, here also with 1 (a crash) and 75 (the watchdog),
+  # and counts every start.
   # It runs a line of bash in a subshell that it sends SIGTERM to: `exec`, so that the run gets it.
   execute xpk workload create "--workload=$1" "--cluster=$cluster" "--tpu-type=$accelerator" \
     "--num-slices=$slices" "--docker-image=$image" --max-restarts=50 \
-    --restart-on-exit-codes=1 --termination-grace-period-seconds=30 \
+    --restart-on-exit-codes=1,75 --termination-grace-period-seconds=30 \
     ${options[@]+"${options[@]}"} "--command=exec $(show "${command[@]}")"
 }
 

@@ -5,7 +5,7 @@
 # `python` is that of the shell it is called from: activate the environment before.
 #
 # A job that is taken its nodes, or whose time ends, gets a SIGTERM, saves, ends with 143 and is
-# queued again; it goes on by the same command.
+# queued again; so is, five times, one that the watchdog ended (75). It goes on by the same command.
 #SBATCH --job-name=vibejax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -41,7 +41,7 @@ if $dry_run || [[ -z ${SLURM_JOB_ID-} ]]; then
     printf '%q ' "${submit[@]}"
     printf '\n%s' '# in the job: '
     printf '%q ' "${step[@]}"
-    printf '\n%s\n' "# and where that ends with 143: scontrol requeue \$SLURM_JOB_ID"
+    printf '\n%s\n' "# and where that ends with 143, or with 75 five times: scontrol requeue \$SLURM_JOB_ID"
     exit
   fi
   exec "${submit[@]}"
@@ -49,7 +49,7 @@ fi
 
 status=0
 "${step[@]}" || status=$?
-if ((status == 143)); then
+if ((status == 143 || (status == 75 && ${SLURM_RESTART_COUNT:-0} < 5))); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
