@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vibejax import weights
+from vibejax import run_folder, weights
 from vibejax.metrics import VARYING
 
 STEPS = 6
@@ -127,7 +127,7 @@ def test_run_leaves_its_record(folder, uninterrupted):
 
 
 def test_all_of_the_time_is_accounted_for(uninterrupted):
-    rows = [json.loads(line) for line in (uninterrupted[0] / "metrics.jsonl").open()]
+    rows = run_folder.read_log(uninterrupted[0] / "metrics.jsonl")
     for row in rows[1:]:
         shares = {k.removeprefix("goodput/"): v for k, v in row.items() if k.startswith("goodput/")}
         assert sum(shares.values()) == pytest.approx(1.0)
