@@ -23,7 +23,7 @@ main() {
       (($# >= 2)) || fail 'start: needs a command'
       start "${@:2}"
       ;;
-    logs) execute journalctl --unit=vibejax --output=cat --lines=200 --follow ;;
+    logs) execute sudo journalctl --unit=vibejax --output=cat --lines=200 --follow ;;
     stop) execute sudo systemctl stop vibejax ;;
     *) fail "'$verb': must be setup, start, logs or stop" ;;
   esac
