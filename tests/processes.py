@@ -17,6 +17,7 @@ import tiny
 from vibejax import optimizer, sharding, train, weights
 from vibejax.checkpoint import Checkpoints
 from vibejax.config import OptimizerConfig
+from vibejax.metrics import VARYING
 
 TOML = """
 policy = "{folder}/policy"
@@ -123,7 +124,7 @@ def train_rl(
 def rows_of(out: Path, name: str) -> list[dict]:
     """The lines of one of a run's logs, without what differs from run to run."""
     rows = [json.loads(line) for line in (out / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(VARYING)} for row in rows]
 
 
 def apart(folder: Path, one: Path, other: Path) -> float:

@@ -13,8 +13,9 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"config_file", "preemption"},
     {"progress"},
     {"config", "sharding", "distributed", "rope", "digests"},
-    {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"},
-    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "watchdog"},
+    {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
+    | {"goodput", "profiling"},
+    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"},
     {"domains"},
     {"checkpoint_config"},
     {"safetensors_folder"},

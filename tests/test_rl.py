@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import tiny
 
-from vibejax import weights
+from vibejax import run_folder, weights
+from vibejax.metrics import VARYING
 
 STEPS = 6
 TOML = """
@@ -87,7 +88,7 @@ def run(folder, out, *settings, **options):
 def metrics(out):
     """The rows of a run without what differs from run to run."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(VARYING)} for row in rows]
 
 
 def reused(out):
@@ -112,6 +113,7 @@ def uninterrupted(folder):
 def test_run_leaves_its_record(folder, uninterrupted):
     out, done = uninterrupted
     assert done.stdout.splitlines()[-1].startswith("held-out pass@1: ")
+    assert "\ntrainer memory of a device: weights " in done.stdout
     rows = metrics(out)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert [row["step"] for row in rows if "heldout/pass@1" in row] == [0, 2, 4, 6]
@@ -128,6 +130,16 @@ def test_run_leaves_its_record(folder, uninterrupted):
     assert list((out / "tensorboard").iterdir())
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {"step", "prompt", "completion", "ground_truth", "outcome"} <= samples[0].keys()
+
+
+def test_all_of_the_time_is_accounted_for(uninterrupted):
+    rows = run_folder.read_log(uninterrupted[0] / "metrics.jsonl")
+    for row in rows[1:]:
+        shares = {k.removeprefix("goodput/"): v for k, v in row.items() if k.startswith("goodput/")}
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert all(shares[name] > 0 for name in ("rollout", "train", "handover", "idle"))
+    assert rows[1]["goodput/compile"] > 0.1  # where the programs come from, or the cache's files
+    assert [row["step"] for row in rows[1:] if row["goodput/save"] > 0] == [3, 5]  # of 2 and 4
 
 
 def test_training_changed_the_weights(folder, uninterrupted):
@@ -172,9 +184,10 @@ def test_killed_and_resumed_equals_uninterrupted(folder, uninterrupted, moment):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "final").exists()
-    done = run(folder, out, "resume=true")
+    done = run(folder, out, "resume=true", "profile.steps=[6]")
     assert done.returncode == 0, done.stderr
     assert_same(out, uninterrupted[0])
+    assert list((out / "profile" / "step-000006").rglob("*.xplane.pb"))
     if moment == "sampling":
         assert reused(out) >= 16, "step 3 was sampled before the kill, and is not in a checkpoint"
 

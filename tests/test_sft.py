@@ -18,6 +18,7 @@ import tiny
 from vibejax import qwen2, sft, sharding, tokenizer, train, weights
 from vibejax.config import SftConfig
 from vibejax.config_file import InputError, load
+from vibejax.metrics import VARYING
 
 TOML = """
 policy = "{folder}/policy"
@@ -182,7 +183,7 @@ def run(folder, out, *settings):
 def metrics(out):
     """The rows of a run without what differs from run to run."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(VARYING)} for row in rows]
 
 
 @pytest.fixture(scope="module")

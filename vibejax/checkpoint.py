@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from vibejax import digests, distributed, progress
+from vibejax import digests, distributed, goodput, progress
 from vibejax.run_folder import RunError
 from vibejax.train import TrainState
 
@@ -46,6 +46,7 @@ class Checkpoints:
         """The newest checkpoint's step, of those finished and the one being saved."""
         return self._manager.latest_step()
 
+    @goodput.phase("save")
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing `state`, once the save before it is finished.
 

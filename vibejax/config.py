@@ -228,6 +228,12 @@ class CheckpointConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """What the profiler records."""
+
+    steps: list[Count] = _field([], "steps whose traces go to `profile` in the run folder")
+
+
 class RlConfig(Section):
     """One reinforcement-learning stage."""
 
@@ -245,6 +251,9 @@ class RlConfig(Section):
     )
     steps: Count = _field(1_000, "optimizer steps")
     seed: Natural = _field(0, "of the prompt order and of sampling")
+    deterministic: bool = _field(
+        False, "the same bits each time on GPUs too, more slowly; other devices give them anyway"
+    )
     drop_solved: bool = _field(
         False, "before training, drop prompts whose group is all right or all wrong"
     )
@@ -261,6 +270,7 @@ class RlConfig(Section):
     verifiers: VerifiersConfig = VerifiersConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @pydantic.model_validator(mode="after")
     def _fits(self):
@@ -422,6 +432,9 @@ class SftConfig(Section):
         0, "positions of the trained model, written into its config.json; 0: the policy's"
     )
     seed: Natural = _field(0, "of the weights and the document order")
+    deterministic: bool = _field(
+        False, "the same bits each time on GPUs too, more slowly; other devices give them anyway"
+    )
     export_dtype: Literal["float32", "bfloat16", "float16"] = _field(
         "bfloat16", "of the weights in `out`/final and `out`/exports"
     )
@@ -435,6 +448,7 @@ class SftConfig(Section):
     attention: AttentionConfig = AttentionConfig()
     eval: SftEvalConfig = SftEvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @pydantic.model_validator(mode="after")
     def _has_a_start(self):

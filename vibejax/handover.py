@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import distributed, qwen2, sharding, train
+from vibejax import distributed, goodput, qwen2, sharding, train
 from vibejax.completions import Request
 from vibejax.config import RlConfig, TrainConfig
 from vibejax.data import Prompt
@@ -20,6 +20,7 @@ DRAWS = 2**31 - 3  # the "step" of the canary's draws
 TOKENS = 8  # drawn and scored after every hand-over
 
 
+@goodput.phase("handover")
 def hand_over(
     engine: Engine,
     params: Params,

@@ -1,4 +1,4 @@
-"""What an engine will hold on each device, before it allocates anything.
+"""What an engine will hold on each device, before it allocates anything; what a trainer holds.
 
 Weights and pages are exact; temporaries are estimated from the shapes of the programs.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vibejax.qwen2 import ModelConfig, ParamInfo, map_table
 from vibejax.sharding import mesh_axes
+from vibejax.train import TrainState
 
 GIB = 2**30
 HOST_SHARE = 0.5  # of a host's memory that a CPU's engine may take
@@ -133,6 +134,23 @@ def page_bytes(model: ModelConfig, page_tokens: int, kv_dtype: Any, tensor: int)
     itemsize = jnp.dtype(kv_dtype).itemsize
     per_token = 2 * model.head_dim * itemsize + (8 if itemsize == 1 else 0)
     return model.layers * model.kv_heads // tensor * page_tokens * per_token
+
+
+def resident_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of shapes that have shardings, on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def trainer_line(state: TrainState, device: jax.Device) -> str:
+    """What a device holds of a trainer, but for what the micro-batches themselves need."""
+    weights, moments = resident_bytes(state.params), resident_bytes(state.opt_state)
+    return (
+        f"trainer memory of a device: weights {weights / GIB:.2f} GiB, "
+        f"optimizer {moments / GIB:.2f} GiB, while it learns gradients {weights / GIB:.2f} GiB, "
+        f"of {device_bytes(device) / GIB:.2f} GiB"
+    )
 
 
 def device_bytes(device: jax.Device) -> int:

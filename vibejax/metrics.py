@@ -11,13 +11,15 @@ from rich.text import Text
 from vibejax import distributed
 from vibejax.run_folder import Log
 
+VARYING = ("time/", "goodput/")  # how long things took, which differs from run to run
+
 
 class Metrics:
     """Writes every step to metrics.jsonl and TensorBoard, and a row of the table to stderr.
 
     Of several processes the first does.
 
-    Names are `area/name`; what differs from run to run, as seconds and rates do, is in `time/`.
+    Names are `area/name`; those that differ from run to run begin with one of `VARYING`.
     """
 
     def __init__(self, folder: Path, step: int, columns: dict[str, tuple[str, str]]):

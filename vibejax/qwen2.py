@@ -201,6 +201,7 @@ def head(params: Params) -> jax.Array:
     return params.get("head", params["embed"])
 
 
+@jax.named_scope("logits")
 def logits(params: Params, x_BE: jax.Array, config: ModelConfig) -> jax.Array:
     """[B, V] float32 logits of the next token; ids that do not exist hold -1e30."""
     head_VE = head(params).astype(x_BE.dtype)
@@ -238,7 +239,8 @@ def hidden_states(
     Returns:
         [B, T, E] of `dtype`.
     """
-    x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
+    with jax.named_scope("embed"):
+        x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
     cos_BTD, sin_BTD = _rope(position_BT, config)
 
     def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, None]:
@@ -247,7 +249,8 @@ def hidden_states(
         a_BTHD = attention(
             q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation, place_BT
         )
-        x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
+        with jax.named_scope("out"):
+            x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
         return constrain(_mlp(x_BTE, p, config, TRAINER), "batch", "length", None), None
 
     x_BTE, _ = jax.lax.scan(_rematerialised(layer, remat), x_BTE, params["layers"])
@@ -295,13 +298,15 @@ def cached_states(
     Returns:
         [B, T, E] of the parameters' dtype, and the caches.
     """
-    x_BTE = constrain(params["embed"][token_BT], "batch", None, None)
+    with jax.named_scope("embed"):
+        x_BTE = constrain(params["embed"][token_BT], "batch", None, None)
     cos_BTD, sin_BTD = _rope(jnp.maximum(position_BT, 0), config)
     written = []
     for p, cache in zip(params["layers"], caches, strict=True):
         q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config, SAMPLER)
         a_BTHD, cache = attend(cache, q_BTHD, k_BTKD, v_BTKD)
-        x_BTE = x_BTE + _project_held("BTHD,HDE->BTE", a_BTHD, p["o"])
+        with jax.named_scope("out"):
+            x_BTE = x_BTE + _project_held("BTHD,HDE->BTE", a_BTHD, p["o"])
         x_BTE = constrain(_mlp(x_BTE, p, config, SAMPLER), "batch", None, None)
         written.append(cache)
     return _norm_alike(x_BTE, params["norm"], config.norm_epsilon), written
@@ -411,6 +416,7 @@ def _project_held(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return y_NF.reshape(*rows, *w.shape[: w.ndim - summed])
 
 
+@jax.named_scope("qkv")
 def _qkv(x_BTE, p, cos_BTD, sin_BTD, config, how):
     h_BTE = how.norm(x_BTE, p["attention_norm"], config.norm_epsilon)
     q_BTHD = _biased(how.project("BTE,EHD->BTHD", h_BTE, p["q"]), p["q_bias"])
@@ -420,6 +426,7 @@ def _qkv(x_BTE, p, cos_BTD, sin_BTD, config, how):
     return q_BTHD, _rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
 
 
+@jax.named_scope("mlp")
 def _mlp(x_BTE, p, config, how):
     h_BTE = how.norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
     gate_BTF = jax.nn.silu(how.project("BTE,EF->BTF", h_BTE, p["gate"]))

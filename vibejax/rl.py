@@ -26,9 +26,12 @@ from vibejax import (
     digests,
     distributed,
     exchange,
+    goodput,
     handover,
+    memory_plan,
     optimizer,
     preemption,
+    programs,
     qwen2,
     rollout,
     run_folder,
@@ -50,6 +53,7 @@ from vibejax.locations import resolve
 from vibejax.losses import importance, mgpo
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
+from vibejax.profiling import Profile
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.rollout import Rollout
 from vibejax.run_folder import Log, RunError
@@ -113,6 +117,8 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used, or the run cannot go on.
     """
     began = time.perf_counter()
+    goodput.start()
+    programs.prepare(deterministic=config.deterministic)
     setup = set_up(config)
     prompts = _prompts(setup, config.prompts)
     if config.curriculum_steps:
@@ -136,6 +142,8 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         metrics = Metrics(folder, done, COLUMNS)
         evaluations = Log(folder / "heldout.jsonl", done)
         samples = Log(folder / "samples.jsonl", done)
+        profile = Profile(folder / "profile", config.profile.steps)
+        distributed.announce(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
 
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
             if not heldout:
@@ -150,6 +158,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             metrics.write(0, evaluate(state, 0))
         for step in range(done + 1, config.steps + 1):
             start = time.perf_counter()
+            profile.begin(step)
             rolled = roll_out(setup, state, prompts, step, pool)
             sampled = time.perf_counter()
             if not rolled.finite:
@@ -172,14 +181,14 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 values |= evaluate(state, step)
             _write_samples(samples, step, rolled, setup)
-            metrics.write(step, values)
+            metrics.write(step, values | goodput.shares())
             if step == config.steps or step % config.checkpoint.every == 0:
                 for log in (metrics.log, evaluations, samples):
                     log.sync()
                 saved = checkpoints.latest_step()
                 checkpoints.save(step, state)
                 journal.drop(saved or 0)  # that one is finished now
-        for file in (metrics, evaluations, samples, checkpoints):
+        for file in (metrics, evaluations, samples, checkpoints, profile):
             file.close()
         journal.drop(config.steps + 1)
         weights.save_params(
@@ -315,6 +324,7 @@ def evaluate_heldout(
     return _sample(setup, state, prompts, pool, how, config.eval.samples, HELDOUT_DRAWS)
 
 
+@goodput.phase("train")
 def update(
     setup: Setup, state: TrainState, rolled: Rollout, reference: Params | None
 ) -> tuple[TrainState, dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vibejax import progress
+from vibejax import goodput, progress
 from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config import ObjectiveConfig, SamplerConfig
 from vibejax.data import Prompt
@@ -101,6 +101,7 @@ def engine_config(config: SamplerConfig, model: ModelConfig) -> EngineConfig:
     )
 
 
+@goodput.phase("rollout")
 def sample(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -204,7 +205,8 @@ def groups(
         if done(n):
             yield group(n)
         yield from verified(wait=False)
-    yield from verified(wait=True)
+    with goodput.phase("verify"):
+        yield from verified(wait=True)
 
 
 def replaced(rollout: Rollout, places: Sequence[int], other: Rollout) -> Rollout:

@@ -58,7 +58,7 @@ def _check(config: Section, changeable: Sequence[str]) -> None:
     differing = [
         line
         for line in config_file.differences(stored, config)
-        if line.partition(":")[0].partition(".")[0] not in ("resume", "out", *changeable)
+        if line.partition(":")[0].partition(".")[0] not in ("resume", "out", "profile", *changeable)
     ]
     if differing:
         raise RunError(

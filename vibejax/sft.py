@@ -21,9 +21,12 @@ import numpy as np
 from vibejax import (
     data,
     distributed,
+    goodput,
+    memory_plan,
     optimizer,
     packing,
     preemption,
+    programs,
     qwen2,
     run_folder,
     sharding,
@@ -40,6 +43,7 @@ from vibejax.locations import resolve
 from vibejax.losses.nll import nll_loss
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
+from vibejax.profiling import Profile
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.rope import Rope
 from vibejax.run_folder import RunError
@@ -95,6 +99,8 @@ def run(config: SftConfig) -> Path:
     """
     began = time.perf_counter()
     run_folder.check_run(config)
+    goodput.start()
+    programs.prepare(deterministic=config.deterministic)
     setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
     kept = config.checkpoint
@@ -121,13 +127,20 @@ def run(config: SftConfig) -> Path:
             state = checkpoints.restore_latest(state)
         done = int(state.step)
         metrics = Metrics(folder, done, COLUMNS)
+        profile = Profile(folder / "profile", config.profile.steps)
+        distributed.announce(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
         if done == 0 and setup.heldout:
             metrics.write(0, heldout_loss(setup, state.params, score))
         for step in range(done + 1, setup.steps + 1):
             start = time.perf_counter()
+            profile.begin(step)
             batch = step_documents(setup, step)
-            sums, _ = train.sum_documents(step_of, state.params, batch, config.train, setup.mesh)
-            state, values = step_of.apply(state, sums)
+            with goodput.phase("train"):
+                sums, _ = train.sum_documents(
+                    step_of, state.params, batch, config.train, setup.mesh
+                )
+                state, values = step_of.apply(state, sums)
+                values = jax.device_get(values)  # waits for the devices
             if not values["optimizer/finite"]:
                 checkpoints.save(step - 1, state)
                 raise RunError(
@@ -140,14 +153,14 @@ def run(config: SftConfig) -> Path:
             last = step == setup.steps
             if setup.heldout and (last or (config.eval.every and step % config.eval.every == 0)):
                 row |= heldout_loss(setup, state.params, score)
-            metrics.write(step, row)
+            metrics.write(step, row | goodput.shares())
             if config.export_every and step % config.export_every == 0:
                 _export(setup, state, folder / "exports" / f"step-{step:06d}")
             if last or step % config.checkpoint.every == 0:
                 metrics.log.sync()
                 checkpoints.save(step, state)
-        metrics.close()
-        checkpoints.close()
+        for file in (metrics, checkpoints, profile):
+            file.close()
         _export(setup, state, folder / "final")
     _announce_summary(metrics.log.rows, time.perf_counter() - began)
     return folder

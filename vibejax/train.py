@@ -95,6 +95,7 @@ def make_train_step(
         )
         return jax.tree.map(jnp.add, sums, Sums(grads, loss, metrics)), logprob_BT
 
+    @jax.named_scope("optimizer")
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         norm = optax.tree.norm(sums.grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)

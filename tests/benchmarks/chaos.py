@@ -32,6 +32,7 @@ import tiny
 
 from vibejax import weights
 from vibejax.checkpoint import Checkpoints
+from vibejax.metrics import VARYING
 from vibejax.run_folder import read_log
 
 STEPS, GRACE_S = 30, 25
@@ -128,7 +129,7 @@ def rows(out: Path) -> int:
 def metrics(out: Path) -> list[dict]:
     kept = []
     for row in read_log(out / "metrics.jsonl"):
-        kept.append({name: value for name, value in row.items() if not name.startswith("time/")})
+        kept.append({name: value for name, value in row.items() if not name.startswith(VARYING)})
     return kept
 
 

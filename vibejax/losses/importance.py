@@ -28,6 +28,7 @@ Correction = Literal[
 LOG_RATIO_BOUND = 20.0  # a sequence's summed log-ratio is clamped to it
 
 
+@jax.named_scope("importance")
 def weights(
     logprob_BT: jax.Array,
     sampler_logprob_BT: jax.Array,
