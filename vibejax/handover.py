@@ -55,7 +55,7 @@ def hand_over(
         tokens=np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens]),
         weights=np.repeat(np.float32([0, 1]), [before, count]),
     )
-    (logprob_T,) = train.score_documents(score, params, [document], _short_rows(config), mesh)
+    (logprob_T,) = train.score_documents(score, params, [document], short_rows(config), mesh)
     apart = np.abs(logprob_T[before:] - completion.logprobs).mean()
     if not apart <= config.objective.max_mean_dlogp:
         raise RunError(
@@ -64,7 +64,7 @@ def hand_over(
         )
 
 
-def _short_rows(config: RlConfig) -> TrainConfig:
+def short_rows(config: RlConfig) -> TrainConfig:
     """Rows for a prompt and a few tokens more, one for each device that has rows."""
     longest, shards = config.rollout.max_prompt_tokens + TOKENS, config.mesh.context
     chunk = sharding.CONTEXT_CHUNK

@@ -322,11 +322,11 @@ def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh |
             is moved at a time.
     """
     layers = [
-        _sampler_layer(params["layers"], i, config, jnp.dtype(dtype), mesh)
+        sampler_layer(params["layers"], i, config, jnp.dtype(dtype), mesh)
         for i in range(config.layers)
     ]
     rest = {name: w for name, w in params.items() if name != "layers"}
-    return _sampler_rest(rest, config, jnp.dtype(dtype), mesh) | {"layers": layers}
+    return sampler_rest(rest, config, jnp.dtype(dtype), mesh) | {"layers": layers}
 
 
 def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
@@ -345,7 +345,9 @@ def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) ->
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _sampler_layer(stacked, i, config, dtype, mesh):
+def sampler_layer(stacked, i, config, dtype, mesh):
+    """Layer i of `sampler_params`, from the stacked ones."""
+
     def hold(info: ParamInfo, w_L: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(w_L, i, keepdims=False).astype(dtype)
         order = (*range(info.inputs, w.ndim), *range(info.inputs))
@@ -356,7 +358,8 @@ def _sampler_layer(stacked, i, config, dtype, mesh):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _sampler_rest(rest, config, dtype, mesh):
+def sampler_rest(rest, config, dtype, mesh):
+    """What `sampler_params` holds beside layers."""
     table = param_table(config)
     return {name: _on(mesh, w.astype(dtype), *table[name].axes) for name, w in rest.items()}
 

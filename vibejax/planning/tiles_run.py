@@ -1,0 +1,146 @@
+"""How many tiles of the attention kernels a row needs, and how long a device works on them.
+
+The cycles of a tile come from a static replay of what the compiler made of the kernels
+(`tests/benchmarks/attention.py --chip v5e`): optimistic, since waits for memory are left out.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vibejax import packing
+from vibejax.kernels import spans, tiles
+from vibejax.kernels.tiles import Tile
+from vibejax.packing import Document
+from vibejax.planning.slices import Slice
+from vibejax.qwen2 import ModelConfig
+
+# Documents of the packed row of 65,536 tokens by which kernels and plans are judged, beside the
+# row of one document.
+PACKED = (17421, 1203, 8850, 402, 5117, 12044, 2961, 6710, 731, 7399, 2698)
+
+
+class Counts(NamedTuple):
+    """Of one row and key/value head.
+
+    Attributes:
+        run: tiles that the kernel goes over.
+        full: those without a mask.
+        queries: tiles of queries.
+    """
+
+    run: int
+    full: int
+    queries: int
+
+
+class Cycles(NamedTuple):
+    """Of one tile.
+
+    Attributes:
+        quick: of 2^20 pairs of a query row and a key, without a mask.
+        masked: the same with one.
+        step: around each tile.
+        edge: around each tile of queries, and in the backward kernel of keys.
+    """
+
+    quick: float
+    masked: float
+    step: float
+    edge: float
+
+
+KERNELS: dict[str, tuple[Cycles, Cycles]] = {}
+"""Forward and backward, by chip, of one core."""
+
+
+def packed_row(tokens: int) -> tuple[int, ...]:
+    """Documents like `PACKED` for a row of any length."""
+    scaled = [n * tokens // sum(PACKED) for n in PACKED]
+    return (*scaled[1:], tokens - sum(scaled[1:]))
+
+
+def attended(lengths: Sequence[int]) -> float:
+    """Keys that an average token of a row of these documents sees."""
+    return sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
+
+
+def row(lengths: Sequence[int], shards: int) -> packing.Rows:
+    """Positions and segments of a row of these documents, as `shards` context shards hold them."""
+    documents = [
+        Document(tokens=np.zeros(n, np.int32), weights=np.ones(n, np.float32)) for n in lengths
+    ]
+    rows = packing.pack(documents, [[*range(len(lengths))]], sum(lengths))
+    return packing.spread(rows, shards) if shards > 1 else rows
+
+
+def counts(tile: Tile, lengths: Sequence[int], shards: int, name: str) -> list[Counts]:
+    """What each shard's kernel goes over, forward or backward by `name`."""
+    spread, whole = row(lengths, shards), row(lengths, 1)
+    found = []
+    for part in range(shards):
+        take = slice(part * sum(lengths) // shards, (part + 1) * sum(lengths) // shards)
+        first, end, first_full, end_full = ranges(
+            tile,
+            spread["position"][0, take], spread["segment"][0, take],
+            whole["position"][0], whole["segment"][0],
+        )  # fmt: skip
+        run, full = np.maximum(end - first, 0), np.maximum(end_full - first_full, 0)
+        if name == "forward":  # the last tile has no reference yet
+            full = full - ((full > 0) & (end_full == end))
+        found.append(Counts(int(run.sum()), int(full.sum()), len(first)))
+    return found
+
+
+def ranges(tile: Tile, q_position, q_segment, kv_position, kv_segment) -> tuple[np.ndarray, ...]:
+    """What the kernels read: first and end of the key tiles, needed and full, a query tile each."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        first, last = spans.spans(q_position, q_segment, kv_position, kv_segment)
+        needed, full = (f(first, last, *tile) for f in (spans.tile_ranges, spans.full_ranges))
+        return tuple(np.asarray(x) for x in (*needed, *full))
+
+
+def seconds(
+    where: Slice,
+    model: ModelConfig,
+    lengths: Sequence[int],
+    *,
+    shards: int,
+    tensor: int,
+    rows: int,
+    forwards: int,
+    backwards: int,
+) -> float:
+    """Seconds of the attention kernels of all layers, on the device that has most to do.
+
+    Args:
+        where: the slice; a TPU's.
+        model: whose heads.
+        lengths: documents of a row.
+        shards: of the context axis.
+        tensor: devices that share the heads.
+        rows: of a device.
+        forwards: times that the forward kernel of a layer runs.
+        backwards: the same of the backward kernel.
+    """
+    group, kv_heads = model.heads // model.kv_heads, model.kv_heads // tensor
+    chosen = tiles.tpu_tiles(where.kind, "bfloat16", model.head_dim, group)
+    total = 0.0
+    for name, tile, times in (
+        ("forward", chosen.forward, forwards),
+        ("backward", chosen.backward, backwards),
+    ):
+        cost = KERNELS[where.kind][name == "backward"]
+        scale = tile.query * group * tile.key / 2**20 * model.head_dim / 128
+        keys = sum(lengths) // tile.key if name == "backward" else 0
+        of_shards = [
+            scale * (cost.quick * c.full + cost.masked * (c.run - c.full))
+            + cost.step * c.run
+            + cost.edge * (c.queries + keys)
+            for c in counts(tile, lengths, shards, name)
+        ]
+        total += times * max(of_shards)
+    cores = min(where.chip.cores, rows * kv_heads)
+    return model.layers * total * rows * kv_heads / cores / where.chip.clock
