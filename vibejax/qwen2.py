@@ -42,11 +42,24 @@ def _project(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
     A weight's gradient sums over tokens and over devices: with float32 weights, in float32.
 
+    On a mesh the whole weight is gathered, and its gradient scattered again: left to itself, XLA
+    for TPUs multiplies by one device's part after the other, and moves the result each time.
+
     For it one factor is read transposed. Without the barrier XLA for CPUs computes the
     activation's derivative inside that transposing read, element by element: a training step of
     the shipped policy then takes twice as long.
     """
-    return _einsum(subscripts, x, w.astype(x.dtype))
+    return _einsum(subscripts, x, _gathered(subscripts, w, x.dtype))
+
+
+def _gathered(subscripts: str, w: jax.Array, dtype: Any) -> jax.Array:
+    """A weight in the dtype of the computation, whole but for what devices share on purpose."""
+    return constrain(w.astype(dtype), *_weight_axes(subscripts, embed=None))
+
+
+def _weight_axes(subscripts: str, embed: str | None) -> list[str | None]:
+    names = {"E": embed, "H": "heads", "K": "kv_heads", "D": "head_dim", "F": "mlp"}
+    return [names[letter] for letter in subscripts.split("->")[0].split(",")[1]]
 
 
 def _project_forward(subscripts, x, w):
@@ -58,9 +71,10 @@ def _project_backward(subscripts, residuals, dy):
     inputs, out_axes = subscripts.split("->")
     x_axes, w_axes = inputs.split(",")
     dy = jax.lax.optimization_barrier(dy)
-    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, w.astype(x.dtype))
+    whole = _gathered(subscripts, w, x.dtype)
+    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, whole)
     dw = _einsum(f"{x_axes},{out_axes}->{w_axes}", x, dy, preferred_element_type=w.dtype)
-    return dx, dw
+    return dx, constrain(dw, *_weight_axes(subscripts, embed="embed"))
 
 
 _project.defvjp(_project_forward, _project_backward)

@@ -92,8 +92,7 @@ def executions(
         runs[name] += times
         for i in computations.get(name, ()):
             if i.kind == "while":
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
-                trips = int(known[1]) if known else unknown_trips
+                trips = _trips(computations, i) or unknown_trips
                 visit(re.search(r"body=%?([\w.\-]+)", i.rest)[1], times * trips)
             elif i.kind == "call":
                 visit(re.search(r"to_apply=%?([\w.\-]+)", i.rest)[1], times)
@@ -102,6 +101,36 @@ def executions(
 
     visit(first, 1.0)
     return dict(runs)
+
+
+def _trips(computations: dict[str, list[Instruction]], loop: Instruction) -> int | None:
+    """Of a loop that counts from 0 up to a constant; None: it is no such loop."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    condition, body = (
+        {x.name: x for x in computations[re.search(rf"{part}=%?([\w.\-]+)", loop.rest)[1]]}
+        for part in ("condition", "body")
+    )
+    last = [*condition.values()][-1]
+    if last.kind != "compare" or "direction=LT" not in last.rest:
+        return None
+    counter, bound = (condition.get(name) for name in last.operands)
+    if counter is None or bound is None or bound.kind != "constant":
+        return None
+    index = re.search(r"index=(\d+)", counter.rest)
+    if counter.kind != "get-tuple-element" or not index:
+        return None
+    following = body.get([*body.values()][-1].operands[int(index[1])])
+    step = 1
+    if following is not None and following.kind == "add":
+        constants = [body[x] for x in following.operands if body[x].kind == "constant"]
+        step = _value(constants[0]) if constants else 1
+    return -(-_value(bound) // step)
+
+
+def _value(constant: Instruction) -> int:
+    return int(re.match(r"-?\d+", constant.rest)[0])
 
 
 def _branches(i: Instruction) -> list[str]:
@@ -141,6 +170,7 @@ class Collective:
         payload: bytes of the whole array, in the memory of the device that has all of it.
         groups: [groups, members] places of devices in the program's mesh.
         times: that it runs.
+        place: the computation that it is in.
         source: where in the program it comes from.
     """
 
@@ -148,15 +178,21 @@ class Collective:
     payload: int
     groups: np.ndarray
     times: float
+    place: str
     source: str
 
 
 def collectives(
     computations: dict[str, list[Instruction]], runs: dict[str, float], devices: int
 ) -> list[Collective]:
-    """The collectives between more than one device, with those inside fusions and async calls."""
-    found = []
-    for name, times in runs.items():
+    """The collectives between more than one device, with those inside fusions and async calls.
+
+    One that is spread over several fusions, even inside a loop that it runs beside, stands in each
+    with the same channel: it counts where it runs the fewest times.
+    """
+    found: list[Collective] = []
+    seen: set[tuple] = set()
+    for name, times in sorted(runs.items(), key=lambda run: run[1]):
         for i in computations.get(name, ()):
             inside = [i]
             if i.kind in ("fusion", "async-start"):
@@ -170,10 +206,14 @@ def collectives(
                 if groups.shape[1] < 2:
                     continue
                 source = re.search(r'op_name="([^"]*)"', x.rest)
-                found.append(
-                    Collective(kind, _payload(x, kind, groups.shape[1]), groups, times,
-                               source[1] if source else x.name)
-                )  # fmt: skip
+                label = source[1] if source else x.name
+                payload = _payload(x, kind, groups.shape[1])
+                channel = re.search(r"channel_id=(\d+)", x.rest)
+                same = (channel and channel[1], kind, payload, label)
+                if channel and same in seen:
+                    continue
+                seen.add(same)
+                found.append(Collective(kind, payload, groups, times, name, label))
     return found
 
 

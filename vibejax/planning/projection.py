@@ -156,15 +156,23 @@ def traffic(
     place, of_slice = np.asarray(coordinates), np.asarray(slices)
     links = network = seconds = 0.0
     kinds: dict[str, float] = {}
+    ways: dict[str, dict[bytes, float]] = {}  # of a computation's permutes, seconds by direction
     for collective in found:
-        costs = {}
-        for group in collective.groups:
-            cost = _of_group(collective, where, place[group], of_slice[group])
-            costs[cost[2]] = cost
-        link, net, time = costs[max(costs)]
-        links, network = links + collective.times * link, network + collective.times * net
-        seconds += collective.times * time
-        kinds[collective.kind] = kinds.get(collective.kind, 0.0) + collective.times * (link + net)
+        costs = [
+            _of_group(collective, where, place[group], of_slice[group])
+            for group in collective.groups
+        ]
+        link, net, time = (collective.times * x for x in max(costs, key=lambda cost: cost[2]))
+        links, network = links + link, network + net
+        kinds[collective.kind] = kinds.get(collective.kind, 0.0) + link + net
+        if collective.kind == "collective-permute":
+            way = ways.setdefault(collective.place, {})
+            key = collective.groups.tobytes()
+            way[key] = way.get(key, 0.0) + time
+        else:
+            seconds += time
+    # Both directions of a ring are used at the same time.
+    seconds += sum(max(way.values()) for way in ways.values())
     return Traffic(links, network, seconds, kinds)
 
 

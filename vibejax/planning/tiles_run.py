@@ -4,6 +4,7 @@ The cycles of a tile come from a static replay of what the compiler made of the 
 (`tests/benchmarks/attention.py --chip v5e`): optimistic, since waits for memory are left out.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,30 +77,45 @@ def row(lengths: Sequence[int], shards: int) -> packing.Rows:
     return packing.spread(rows, shards) if shards > 1 else rows
 
 
-def counts(tile: Tile, lengths: Sequence[int], shards: int, name: str) -> list[Counts]:
+@functools.cache
+def counts(tile: Tile, lengths: tuple[int, ...], shards: int, name: str) -> list[Counts]:
     """What each shard's kernel goes over, forward or backward by `name`."""
     spread, whole = row(lengths, shards), row(lengths, 1)
-    found = []
-    for part in range(shards):
-        take = slice(part * sum(lengths) // shards, (part + 1) * sum(lengths) // shards)
-        first, end, first_full, end_full = ranges(
-            tile,
-            spread["position"][0, take], spread["segment"][0, take],
-            whole["position"][0], whole["segment"][0],
-        )  # fmt: skip
-        run, full = np.maximum(end - first, 0), np.maximum(end_full - first_full, 0)
-        if name == "forward":  # the last tile has no reference yet
-            full = full - ((full > 0) & (end_full == end))
-        found.append(Counts(int(run.sum()), int(full.sum()), len(first)))
-    return found
+    first, end, first_full, end_full = ranges(
+        tile,
+        *(spread[ids].reshape(shards, -1) for ids in ("position", "segment")),
+        *(whole[ids][0] for ids in ("position", "segment")),
+    )
+    run, full = np.maximum(end - first, 0), np.maximum(end_full - first_full, 0)
+    if name == "forward":  # the last tile has no reference yet
+        full = full - ((full > 0) & (end_full == end))
+    return [
+        Counts(int(r.sum()), int(f.sum()), run.shape[1]) for r, f in zip(run, full, strict=True)
+    ]
 
 
-def ranges(tile: Tile, q_position, q_segment, kv_position, kv_segment) -> tuple[np.ndarray, ...]:
-    """What the kernels read: first and end of the key tiles, needed and full, a query tile each."""
+def ranges(tile: Tile, q_position_ST, q_segment_ST, kv_position_T, kv_segment_T):
+    """What the kernels read, a row of query tiles each: first and end of key tiles; of full ones.
+
+    Args:
+        tile: the kernel's.
+        q_position_ST: of each shard's queries.
+        q_segment_ST: the same.
+        kv_position_T: of the whole row.
+        kv_segment_T: the same.
+    """
+
+    @jax.jit
+    def of_shards(*of_queries):
+        def of_shard(position, segment):
+            first, last = spans.spans(position, segment, kv_position_T, kv_segment_T)
+            needed, full = (f(first, last, *tile) for f in (spans.tile_ranges, spans.full_ranges))
+            return (*needed, *full)
+
+        return jax.vmap(of_shard)(*of_queries)
+
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        first, last = spans.spans(q_position, q_segment, kv_position, kv_segment)
-        needed, full = (f(first, last, *tile) for f in (spans.tile_ranges, spans.full_ranges))
-        return tuple(np.asarray(x) for x in (*needed, *full))
+        return tuple(map(np.asarray, of_shards(q_position_ST, q_segment_ST)))
 
 
 def seconds(
@@ -139,7 +155,7 @@ def seconds(
             scale * (cost.quick * c.full + cost.masked * (c.run - c.full))
             + cost.step * c.run
             + cost.edge * (c.queries + keys)
-            for c in counts(tile, lengths, shards, name)
+            for c in counts(tile, tuple(lengths), shards, name)
         ]
         total += times * max(of_shards)
     cores = min(where.chip.cores, rows * kv_heads)
