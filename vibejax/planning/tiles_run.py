@@ -54,9 +54,17 @@ class Cycles(NamedTuple):
 
 
 KERNELS: dict[str, tuple[Cycles, Cycles]] = {
+    "v4": (Cycles(4_700, 6_460, 75, 2_029), Cycles(11_468, 11_468, 274, 795)),
     "v5e": (Cycles(4_233, 5_817, 75, 2_029), Cycles(10_482, 10_414, 274, 795)),
+    "v5p": (Cycles(4_312, 5_925, 75, 2_029), Cycles(10_666, 10_666, 274, 795)),
+    "v6e": (Cycles(1_845, 2_535, 75, 2_029), Cycles(5_633, 5_633, 274, 795)),
+    "tpu7x": (Cycles(1_686, 2_317, 75, 2_029), Cycles(5_450, 5_450, 274, 795)),
 }
-"""Forward and backward, by chip, of one core."""
+"""Forward and backward, by chip, of one core.
+
+v5e's are replayed. Of the others the tile without a mask is (`kernels/tiles.py`); the rest is taken
+over from v5e, the mask in proportion.
+"""
 
 
 def packed_row(tokens: int) -> tuple[int, ...]:
