@@ -15,7 +15,7 @@ from vibejax import checkpoint, train
 from vibejax.checkpoint import Checkpoints, state_bytes
 from vibejax.run_folder import RunError
 
-# Orbax leaves tasks of a read that failed behind, whose loop is closed by the time they are collected.
+# A read that fails leaves tasks of Orbax behind, whose loop is closed when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 

@@ -32,7 +32,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},
-    {"pipeline"},
+    {"pipeline", "planning"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ELSEWHERE = {"kernels", "tests", "tpu", "configs", "conftest"}  # not importable by these names

@@ -63,7 +63,7 @@ def hand_over(
         )
         for tokens, *_ in drawn
     ]
-    scored = train.score_documents(score, params, documents, _short_rows(config), mesh)
+    scored = train.score_documents(score, params, documents, short_rows(config), mesh)
     for process, (logprob_T, (tokens, logprobs, _)) in enumerate(zip(scored, drawn, strict=True)):
         apart = np.abs(logprob_T[before:] - np.float32(logprobs)).mean()
         if not apart <= config.objective.max_mean_dlogp:
@@ -74,7 +74,7 @@ def hand_over(
             )
 
 
-def _short_rows(config: RlConfig) -> TrainConfig:
+def short_rows(config: RlConfig) -> TrainConfig:
     """Rows for a prompt and a few tokens more, one for each device that has rows."""
     longest, shards = config.rollout.max_prompt_tokens + TOKENS, config.mesh.context
     chunk = sharding.CONTEXT_CHUNK

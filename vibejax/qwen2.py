@@ -42,11 +42,24 @@ def _project(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
     A weight's gradient sums over tokens and over devices: with float32 weights, in float32.
 
+    On a mesh the whole weight is gathered, and its gradient scattered again: left to itself, XLA
+    for TPUs multiplies by one device's part after the other, and moves the result each time.
+
     For it one factor is read transposed. Without the barrier XLA for CPUs computes the
     activation's derivative inside that transposing read, element by element: a training step of
     the shipped policy then takes twice as long.
     """
-    return _einsum(subscripts, x, w.astype(x.dtype))
+    return _einsum(subscripts, x, _gathered(subscripts, w, x.dtype))
+
+
+def _gathered(subscripts: str, w: jax.Array, dtype: Any) -> jax.Array:
+    """A weight in the dtype of the computation, whole but for what devices share on purpose."""
+    return constrain(w.astype(dtype), *_weight_axes(subscripts, embed=None))
+
+
+def _weight_axes(subscripts: str, embed: str | None) -> list[str | None]:
+    names = {"E": embed, "H": "heads", "K": "kv_heads", "D": "head_dim", "F": "mlp"}
+    return [names[letter] for letter in subscripts.split("->")[0].split(",")[1]]
 
 
 def _project_forward(subscripts, x, w):
@@ -58,9 +71,10 @@ def _project_backward(subscripts, residuals, dy):
     inputs, out_axes = subscripts.split("->")
     x_axes, w_axes = inputs.split(",")
     dy = jax.lax.optimization_barrier(dy)
-    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, w.astype(x.dtype))
+    whole = _gathered(subscripts, w, x.dtype)
+    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, whole)
     dw = _einsum(f"{x_axes},{out_axes}->{w_axes}", x, dy, preferred_element_type=w.dtype)
-    return dx, dw
+    return dx, constrain(dw, *_weight_axes(subscripts, embed="embed"))
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -335,12 +349,12 @@ def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh |
 
     shapes = sampler_shapes(config, dtype, away)
     layers = [
-        moved(_sampler_layer(params["layers"], i, config, dtype, mesh), shapes["layers"][i])
+        moved(sampler_layer(params["layers"], i, config, dtype, mesh), shapes["layers"][i])
         for i in range(config.layers)
     ]
     rest = {name: w for name, w in params.items() if name != "layers"}
     return {
-        name: moved(w, shapes[name]) for name, w in _sampler_rest(rest, config, dtype, mesh).items()
+        name: moved(w, shapes[name]) for name, w in sampler_rest(rest, config, dtype, mesh).items()
     } | {"layers": layers}
 
 
@@ -381,7 +395,9 @@ def _whole_everywhere(held: Params, mesh: Mesh) -> Params:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _sampler_layer(stacked, i, config, dtype, mesh):
+def sampler_layer(stacked, i, config, dtype, mesh):
+    """Layer i of `sampler_params`, from the stacked ones."""
+
     def hold(info: ParamInfo, w_L: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(w_L, i, keepdims=False).astype(dtype)
         order = (*range(info.inputs, w.ndim), *range(info.inputs))
@@ -392,7 +408,8 @@ def _sampler_layer(stacked, i, config, dtype, mesh):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _sampler_rest(rest, config, dtype, mesh):
+def sampler_rest(rest, config, dtype, mesh):
+    """What `sampler_params` holds beside layers."""
     table = param_table(config)
     return {name: _on(mesh, w.astype(dtype), *table[name].axes) for name, w in rest.items()}
 

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ from vibejax import (
     weights,
 )
 from vibejax.checkpoint import Checkpoints
+from vibejax.completions import EngineConfig
 from vibejax.config import RlConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
@@ -77,6 +78,20 @@ COLUMNS = {
     "seconds": ("time/step_s", ".1f"),
     "held-out": ("heldout/pass@1", ".3f"),
 }
+
+
+class Programs(NamedTuple):
+    """What the trainer's devices run.
+
+    Attributes:
+        optimizer: of the updates.
+        train_step: gradients of rows, and the update.
+        score: (params, rows) -> [B, T] log-probs.
+    """
+
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    score: Callable[[Params, train.Batch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,15 +228,13 @@ def set_up(config: RlConfig) -> Setup:
             f"the {model.context} positions of {config.policy}"
         )
     mesh = _mesh(config, model)
+    limit = memory_plan.device_bytes(mesh.local_devices[0])
     engine = Engine(
         qwen2.sampler_shapes(model, config.train.dtype),
-        rollout.engine_config(config.rollout, model),
+        engine_config(config, model, mesh, limit),
         mesh.local_devices,
     )
     distributed.announce(engine.memory)
-    adamw = optimizer.make_optimizer(config.optimizer, config.steps * config.objective.updates)
-    schedule = optimizer.make_schedule(config.optimizer, config.steps * config.objective.updates)
-    loss_fn = functools.partial(policy_loss, model=model, config=config)
     return Setup(
         config=config,
         source=source,
@@ -229,9 +242,40 @@ def set_up(config: RlConfig) -> Setup:
         tokenizer=tokenizer.load(source),
         mesh=mesh,
         engine=engine,
-        optimizer=adamw,
-        train_step=train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
-        score=jax.jit(
+        **make_programs(config, model, mesh)._asdict(),
+    )
+
+
+def engine_config(
+    config: RlConfig, model: ModelConfig, mesh: jax.sharding.Mesh, device_bytes: int
+) -> EngineConfig:
+    """The engine of a run.
+
+    Of a device's bytes it may have what the trainer's state leaves, and the scoring by which a
+    hand-over is checked while there are pages.
+    """
+    copies = memory_plan.float32_copies(updating=False, reference=bool(config.objective.kl))
+    tokens = handover.short_rows(config).row_tokens // config.mesh.context
+    taken = (
+        copies * memory_plan.sharded_bytes(model, mesh)
+        + memory_plan.scoring_bytes(model, tokens)
+        + int(memory_plan.SPARE_SHARE * device_bytes)
+    )
+    return dataclasses.replace(
+        rollout.engine_config(config.rollout, model), memory_bytes=max(1, device_bytes - taken)
+    )
+
+
+def make_programs(config: RlConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Programs:
+    """The trainer's programs, which compile where they are first called."""
+    steps = config.steps * config.objective.updates
+    adamw = optimizer.make_optimizer(config.optimizer, steps)
+    schedule = optimizer.make_schedule(config.optimizer, steps)
+    loss_fn = functools.partial(policy_loss, model=model, config=config)
+    return Programs(
+        adamw,
+        train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
+        jax.jit(
             lambda params, rows: _logprobs(params, rows, model, config).logprob_BT,
             out_shardings=sharding.replicated(mesh),
         ),
