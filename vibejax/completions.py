@@ -46,7 +46,7 @@ class EngineConfig:
     window: int = 16
     page_tokens: int = 64
     pool_tokens: int = 0
-    chunk_tokens: int = 512
+    chunk_tokens: int = 128
     kv_dtype: Literal["compute", "int8"] = "compute"
     tensor: int = 1
     attention: Implementation = "auto"

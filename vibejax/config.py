@@ -113,7 +113,10 @@ class SamplerConfig(Section):
     pool_tokens: Natural = _field(
         0, "tokens that a host's pages hold; 0: as many as its slots can use or its memory has"
     )
-    chunk_tokens: Count = _field(512, "tokens of a prompt computed between two windows")
+    chunk_tokens: Count = _field(
+        128,
+        "tokens of a prompt computed between two windows; more than a kernel can hold is refused",
+    )
     kv_dtype: Literal["compute", "int8"] = _field(
         "compute", "of cached keys and values; compute: that of train.dtype"
     )

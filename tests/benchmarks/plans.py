@@ -28,7 +28,6 @@ def sets(
         "train.microbatch_rows": rows,
         "train.remat": remat,
         "rollout.slots": slots,
-        "rollout.chunk_tokens": 128,
     }
 
 
