@@ -183,12 +183,13 @@ def test_killed_and_resumed_equals_uninterrupted(folder, uninterrupted, moment):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    saved = (out / "checkpoints/4").exists()  # on a busy machine the kill comes late
     assert not (out / "final").exists()
     done = run(folder, out, "resume=true", "profile.steps=[6]")
     assert done.returncode == 0, done.stderr
     assert_same(out, uninterrupted[0])
     assert list((out / "profile" / "step-000006").rglob("*.xplane.pb"))
-    if moment == "sampling":
+    if moment == "sampling" and not saved:
         assert reused(out) >= 16, "step 3 was sampled before the kill, and is not in a checkpoint"
 
 
@@ -219,10 +220,11 @@ def test_sigterm_twice_and_the_same_command_again(folder, uninterrupted):
     lines = [line for line in stderr.splitlines() if "SIGTERM" in line]
     assert lines == ["ended by SIGTERM; the same command goes on, with resume set"]
     assert not (out / "final").exists() and "Traceback" not in stderr
+    saved = (out / "checkpoints/4").exists()
     done = run(folder, out, "resume=auto")
     assert done.returncode == 0, done.stderr
     assert_same(out, uninterrupted[0])
-    assert reused(out) >= 16
+    assert saved or reused(out) >= 16
 
 
 def rows_written(out):
