@@ -40,7 +40,7 @@ LOG = logging.getLogger("vibejax")
 VARIABLES = ("VIBEJAX_COORDINATOR", "VIBEJAX_PROCESSES", "VIBEJAX_PROCESS")
 START_S = 300
 HEARTBEAT_S = 30  # without a sign from a process, which may compile or decode, it counts as dead
-SHUTDOWN_S = 30  # a process that ends waits for the others, which may be where they cannot end
+SHUTDOWN_S = 60  # a process that ends waits for the others, which may be where they cannot end
 LOOK_S = 2  # between two looks at whether another process has failed
 FAILED = "vibejax/failed"
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_NTASKS",
@@ -90,6 +90,7 @@ def joined(config: Section) -> Iterator[None]:
     try:
         require_alike(config)
         yield
+        jax.distributed.shutdown()  # Python's own ending, where JAX would do it, can take long
     except PeerError:
         raise
     except Exception as error:
