@@ -108,6 +108,22 @@ def test_agreement_by_hand():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
 
 
+def test_the_agreement_of_parts_is_that_of_all():
+    rng = np.random.default_rng(0)
+    logprob_T, sampler_T = rng.normal(-2, 0.3, (2, 60)).astype(np.float32)
+    cuts = ((0, 7), (7, 7), (7, 60))
+    parts = [
+        (b - a, importance.agreement(logprob_T[a:b], sampler_T[a:b], cap=2.0) if a < b else {})
+        for a, b in cuts
+    ]
+    got = importance.combined_agreement(parts)
+    want = importance.agreement(logprob_T, sampler_T, cap=2.0)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-12, err_msg=name)
+    assert importance.combined_agreement([(0, {})]) == {}
+
+
 def test_equal_log_probabilities_agree():
     logprob_T = -np.arange(1.0, 5.0, dtype=np.float32)
     assert set(importance.agreement(logprob_T, logprob_T, cap=2.0).values()) == {0.0}

@@ -10,10 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # bottom first; a folder counts as one module
     {"kernels"},
-    {"config_file"},
-    {"config", "sharding", "distributed", "rope"},
-    {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"},
-    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes"},
+    {"config_file", "preemption"},
+    {"progress"},
+    {"config", "sharding", "distributed", "rope", "digests"},
+    {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
+    | {"goodput", "profiling"},
+    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"},
     {"domains"},
     {"checkpoint_config"},
     {"safetensors_folder"},
@@ -24,13 +26,13 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"checkpoint", "sampling", "scheduler", "memory_plan"},
     {"decode"},
     {"batching", "completions"},
-    {"engine"},
+    {"engine", "journal"},
     {"rollout", "scoring", "report", "handover", "reliability", "clr_questions"},
-    {"policy", "replies", "clr_results", "manifest"},
+    {"policy", "replies", "clr_results", "manifest", "exchange"},
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},
-    {"pipeline"},
+    {"pipeline", "planning"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ELSEWHERE = {"kernels", "tests", "tpu", "configs", "conftest"}  # not importable by these names

@@ -50,6 +50,13 @@ def products(module):
     return [(line, *(x.split("x")[-1] for x in OPERANDS.search(line).groups())) for line in lines]
 
 
+def scopes(function, *args):
+    """The names under which a profile shows what the program does."""
+    module = jax.jit(function).lower(*args).as_text(debug_info=True)
+    stacks = re.findall(r'loc\("([^"]+)"', module)  # such as jit(loss)/jvp(embed)/gather
+    return {part for stack in stacks for part in re.split(r"[/()]", stack)}
+
+
 def rounded(found):
     """Those in which a float32 operand would be rounded to bfloat16."""
     exact = "precision = [HIGHEST, HIGHEST]"
@@ -121,9 +128,8 @@ def test_gradients_are_summed_in_float32():
     assert len(sums) > 10 and set(sums) <= {"f32", "i32"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("copied", [True, False], ids=["copies", "in place"])
-def test_decoding_rounds_no_float32_operand(dtype, copied):
+def decoding(dtype, copied):
+    """A window's program and its arguments."""
     sampler = qwen2.sampler_shapes(CONFIG, dtype)
     K, D, B = CONFIG.kv_heads, CONFIG.head_dim, 8
     pools = [Pages(array(dtype, 16, K, 8, 2 * D))] * CONFIG.layers
@@ -138,10 +144,26 @@ def test_decoding_rounds_no_float32_operand(dtype, copied):
         implementation="xla",
     )  # fmt: skip
     seed = array(jnp.uint32)
-    args = (sampler, pools, copies if copied else None, rows, seed, seed)
-    found = products(lowered(step, *args))
+    return step, sampler, pools, copies if copied else None, rows, seed, seed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copied", [True, False], ids=["copies", "in place"])
+def test_decoding_rounds_no_float32_operand(dtype, copied):
+    found = products(lowered(*decoding(dtype, copied)))
     assert len(found) > CONFIG.layers * 9
     assert not rounded(found)
+
+
+def test_what_a_profile_shows_has_names():
+    step = jax.value_and_grad(functools.partial(loss, dtype="float32", remat="none"))
+    trained = scopes(step, params(jnp.float32), *row())
+    model = {"embed", "qkv", "out", "mlp"}
+    assert model | {"attention", "token_logprobs"} <= trained
+    in_place, copied = (scopes(*decoding("float32", copied)) for copied in (False, True))
+    assert model | {"logits", "sample"} <= in_place & copied
+    assert {"paged_attention", "write_pages"} <= in_place
+    assert {"refresh_copies", "keep_recent"} <= copied - in_place
 
 
 def test_a_product_at_default_precision_is_found():

@@ -74,9 +74,8 @@ def test_unpack_returns_what_pack_placed(lengths):
 def test_last_microbatch_is_filled_with_padding():
     rows = packing.pack([document([1, 2], [0, 1])] * 5, [[i] for i in range(5)], 2)
     parts = list(packing.microbatches(rows, 2))
-    assert [real for _, real in parts] == [2, 2, 1]
-    assert {part["token"].shape for part, _ in parts} == {(2, 2)}
-    np.testing.assert_array_equal(parts[2][0]["segment"][1], 0)
+    assert [part["token"].shape for part in parts] == [(2, 2)] * 3
+    assert [part["segment"].any(axis=1).sum() for part in parts] == [2, 2, 1]
 
 
 def test_a_segment_in_two_runs_is_refused():

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ import tiny
 from vibejax import qwen2, sft, sharding, tokenizer, train, weights
 from vibejax.config import SftConfig
 from vibejax.config_file import InputError, load
+from vibejax.metrics import VARYING
 
 TOML = """
 policy = "{folder}/policy"
@@ -157,7 +160,7 @@ def test_schedule_of_the_report(stage, epochs, steps):
 # Runs -------------------------------------------------------------------------------------------
 
 
-def run(folder, out, *settings):
+def start(folder, out, *settings):
     """The command, on one device; the second run finds the programs that the first compiled."""
     options = [part for pair in [f"out={out}", *settings] for part in ("--set", pair)]
     environment = os.environ | {
@@ -167,13 +170,20 @@ def run(folder, out, *settings):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "vibejax.sft", str(folder / "sft.toml"), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def run(folder, out, *settings):
+    process = start(folder, out, *settings)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def metrics(out):
     """The rows of a run without what differs from run to run."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(VARYING)} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +238,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, uninterrupted):
     assert metrics(out) == metrics(uninterrupted[0])
     for name in ("final/model.safetensors", "exports/step-000004/model.safetensors"):
         assert (out / name).read_bytes() == (uninterrupted[0] / name).read_bytes()
+
+
+def test_sigterm_and_the_same_command_again(folder, uninterrupted):
+    out = folder / "preempted"
+    process = start(folder, out, "resume=auto")
+    path, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (path.exists() and len(path.read_text().splitlines()) > 3) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("ended by SIGTERM; ")
+    assert not (out / "final").exists()
+    done = run(folder, out, "resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert metrics(out) == metrics(uninterrupted[0])
+    final = "final/model.safetensors"
+    assert (out / final).read_bytes() == (uninterrupted[0] / final).read_bytes()
 
 
 # Bad input --------------------------------------------------------------------------------------

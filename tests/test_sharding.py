@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -25,6 +27,44 @@ def test_unknown_mesh_axis_is_named():
 def test_sizes_that_do_not_use_all_devices_are_an_error():
     with pytest.raises(ValueError, match="data=1 x fsdp=3 x context=1 x tensor=2 needs 6 devices"):
         sharding.make_mesh({"fsdp": 3, "tensor": 2})
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device that is not there: one of two slices of 2x2 chips, or of two hosts of GPUs."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def of_two_slices(**fields):
+    return [
+        Device(4 * part + 2 * y + x, part, (x, y, 0), **fields)
+        for part in (1, 0)
+        for y in (0, 1)
+        for x in (0, 1)
+    ]
+
+
+def test_data_alone_lies_across_slices():
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2}, of_two_slices())
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slices[:, 0, 0, 0], [0, 0, 1, 1])
+    assert (slices == slices[:, :1, :1, :1]).all()
+    assert {*mesh.devices.flat} == {*of_two_slices()}
+    with pytest.raises(ValueError, match="axis data = 1 must be a multiple of the 2 slices"):
+        sharding.make_mesh({"fsdp": 8}, of_two_slices())
+
+
+def test_gpus_of_several_hosts_keep_their_order():
+    devices = of_two_slices(platform="gpu", device_kind="NVIDIA H100")
+    mesh = sharding.make_mesh({"fsdp": 8}, devices)
+    assert [*mesh.devices.flat] == devices
 
 
 def test_axis_names_become_mesh_axes():

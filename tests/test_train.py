@@ -69,6 +69,7 @@ def whole():
         ({"data": 2, "fsdp": 2, "tensor": 2}, 32, 4, "none"),
         ({"context": 2, "tensor": 4}, 64, 2, "attention"),
         ({"fsdp": 4, "context": 2}, 32, 8, "none"),
+        ({"data": 2, "context": 4}, 32, 2, "none"),
     ],
     ids=str,
 )
@@ -79,6 +80,30 @@ def test_no_split_packing_or_mesh_changes_the_gradient(whole, sizes, row_tokens,
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
     for a, b in zip(logprobs, whole[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_each_device_holds_its_part_of_parameters_moments_and_gradients():
+    """By hand: matrices lie on fsdp, context and tensor, norms on the first two, biases on the
+    last; a tensor that a program silently replicates makes a device hold more.
+    """
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
+    adamw = optimizer.make_optimizer(OptimizerConfig(), 10)
+    with jax.set_mesh(mesh):
+        step = train.make_train_step(None, adamw, lambda _: 1e-6, MODEL, mesh, ())
+        create = jax.jit(
+            lambda: qwen2.init_params(MODEL, jax.random.key(1)),
+            out_shardings=qwen2.param_shardings(MODEL, mesh),
+        )
+        sums = step.zeros()
+        state, _ = step.apply(train.init_state(create(), adamw), sums)
+    matrices = 128 * 32 + 2 * (2 * 32 * 8 * 8 + 2 * 32 * 4 * 8 + 3 * 32 * 48)
+    norms, biases = 32 + 2 * 2 * 32, 2 * (8 * 8 + 2 * 4 * 8)
+    held = matrices // 8 + norms // 4 + biases // 2
+    for tree, copies in ((state.params, 1), (state.opt_state, 2), (sums.grads, 1)):
+        arrays = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+        for number in range(8):
+            parts = [leaf.addressable_shards[number].data.size for leaf in arrays]
+            assert sum(parts) == copies * held
 
 
 def test_rows_that_do_not_divide_are_named():

@@ -47,6 +47,7 @@ INTERPRETED_CHIP = "v5e"  # whose tiles are taken where there is no chip
 POOL = spec("batch", "kv_heads", None, None)  # of a device's pages, and of these its heads
 
 
+@jax.named_scope("attention")
 def attention(
     q_BTHD: jax.Array,
     k_BTKD: jax.Array,
@@ -182,6 +183,7 @@ def _per_device(attend):
     )
 
 
+@jax.named_scope("paged_attention")
 def paged_attention(
     q_BTHD: jax.Array,
     pages: Pages,
@@ -240,6 +242,7 @@ def paged_attention(
     return attend(q_BTHD, pages, table_BM, length_B, shared_G)
 
 
+@jax.named_scope("write_pages")
 def write_pages(
     pages: Pages,
     k_BTKD: jax.Array,
@@ -261,6 +264,7 @@ def read_pages(pages: Pages, table_BM: jax.Array) -> tuple[jax.Array, jax.Array]
     return _on_each_device(pages_.read, in_specs, (tokens, tokens))(pages, table_BM)
 
 
+@jax.named_scope("refresh_copies")
 def refresh_copies(
     copies: Copies, pages: Pages, table_BM: jax.Array, cached_B: jax.Array, fresh_B: jax.Array
 ) -> Copies:
@@ -271,6 +275,7 @@ def refresh_copies(
     return refresh(copies, pages, table_BM, cached_B, fresh_B)
 
 
+@jax.named_scope("keep_recent")
 def keep_recent(
     copies: Copies,
     pages: Pages,

@@ -27,6 +27,7 @@ class Draft:
 
     Attributes:
         prompt: its identity, for the random draws.
+        sample: which of the prompt's completions, for the same.
         prompt_tokens: [T] int32.
         tokens: [max_tokens] int32.
         logprobs: [max_tokens] float32.
@@ -34,6 +35,7 @@ class Draft:
     """
 
     prompt: int
+    sample: int
     prompt_tokens: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -183,7 +185,7 @@ def make_rows(
         integer[2, part, live] = [d.count for d in found]
         integer[3, part, live] = [len(d.tokens) - d.count for d in found]
         identity[0, part, live] = [d.prompt for d in found]
-        identity[1, part, live] = [s.sample for s in chosen]
+        identity[1, part, live] = [d.sample for d in found]
         for g in range(rows // group):
             of_group = [s for s in sequences[g * group : (g + 1) * group] if s]
             shared_PG[part, g] = _shared(of_group) if of_group else 0

@@ -1,33 +1,56 @@
-"""Checkpoints of the training state: asynchronous, sharded and atomic, through Orbax."""
+"""Checkpoints of the training state: asynchronous, sharded and atomic, through Orbax.
 
+Orbax does not check its array data: a flipped bit loads silently. So a checkpoint carries a digest
+of every array, computed on the devices before it is saved and again after it is restored, on
+whatever mesh. A checkpoint that is not what was saved is set aside, and the one before it is taken.
+"""
+
+import json
 import logging
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from vibejax import digests, distributed, goodput, progress
 from vibejax.run_folder import RunError
 from vibejax.train import TrainState
+
+FORMAT = 1  # of what lies beside the arrays
+
+
+class DamagedError(Exception):
+    """A checkpoint is not what was saved; the message says what of it."""
 
 
 class Checkpoints:
     """The checkpoints of one run, by step."""
 
-    def __init__(self, folder: Path, *, keep: int):
-        """Opens (or creates) `folder`; only finished checkpoints are seen."""
+    def __init__(self, folder: Path, *, keep: int, keep_every: int = 0):
+        """Opens (or creates) `folder`; only finished checkpoints are seen.
+
+        Args:
+            folder: of the run's checkpoints.
+            keep: how many are kept, the newest.
+            keep_every: those of its multiples are kept for good; 0: none are.
+        """
         self._folder = folder
         logging.getLogger("absl").addFilter(_is_not_raised_again)
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:
-        """The newest finished checkpoint's step."""
+        """The newest checkpoint's step, of those finished and the one being saved."""
         return self._manager.latest_step()
 
+    @goodput.phase("save")
     def save(self, step: int, state: TrainState) -> None:
-        """Starts writing `state`; an earlier save that failed is reported here.
+        """Starts writing `state`, once the save before it is finished.
+
+        An earlier save that failed is reported here.
 
         Raises:
             RunError: the disk is full, or cannot be written; older checkpoints stay.
@@ -40,18 +63,101 @@ class Checkpoints:
                 f"{self._folder}: the checkpoint of step {step} needs {needed:,} bytes and "
                 f"{free:,} are free; the last good one stays"
             )
-        with _disk_errors(self._folder):
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        leaves = digests.of_leaves(state)
+        record = {"format": FORMAT, "leaves": leaves, "sha256": _sha256(leaves)}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), digests=ocp.args.JsonSave(record)
+        )
+        with _disk_errors(self._folder), progress.waiting():
+            self._manager.save(step, args=items, force=True)
 
     def restore_latest(self, state: TrainState) -> TrainState:
-        """The newest checkpoint, laid out as `state`; `state` itself where none was finished."""
-        step = self.latest_step()
-        if step is None:
-            return state
+        """The newest checkpoint that is what was saved, laid out as `state`.
+
+        Returns:
+            `state` itself where no checkpoint was finished.
+
+        Raises:
+            RunError: all are damaged, or one holds other arrays or was written by a newer version.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            restored, complaint = None, ""
+            try:
+                restored = self._restored(step, state)
+            except DamagedError as error:
+                complaint = str(error)
+            if _all_processes(restored is not None):
+                return restored
+            aside = self._set_aside(step)
+            print(
+                f"{self._folder / str(step)}: damaged: {complaint or 'another process says so'}; "
+                f"now {aside.name}, the checkpoint before it is taken",
+                file=sys.stderr,
+            )
+        if steps:
+            raise RunError(f"{self._folder}: no checkpoint is left that is what was saved")
+        return state
+
+    def _restored(self, step: int, state: TrainState) -> TrainState:
+        """The checkpoint of `step`, once it is known to be what was saved.
+
+        Raises:
+            DamagedError: it is not.
+            RunError: it holds other arrays, or was written by a newer version.
+        """
+        record = self._read(step, digests=ocp.args.JsonRestore())
+        if not isinstance(record, dict) or not record.keys() >= {"format", "leaves", "sha256"}:
+            raise DamagedError("its digests cannot be read")
+        if record["format"] != FORMAT:
+            raise RunError(
+                f"{self._folder / str(step)}: has format {record['format']}, written by another "
+                f"version; this one reads format {FORMAT}"
+            )
+        saved = record["leaves"]
+        if _sha256(saved) != record["sha256"]:
+            raise DamagedError("its digests are not what was saved")
+        there = {name: leaf.rpartition(" ")[0] for name, leaf in saved.items()}
+        here = digests.kinds(state)
+        for name in there | here:
+            if there.get(name) != here.get(name):
+                raise RunError(
+                    f"{self._folder / str(step)}: {name} is {there.get(name, 'missing')} there "
+                    f"and {here.get(name, 'missing')} in this run"
+                )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        restored = self._read(step, state=ocp.args.StandardRestore(abstract))
+        found = digests.of_leaves(restored)
+        differing = [name for name in saved if found[name] != saved[name]]
+        if differing:
+            count = f"{len(differing)} of {len(saved)} arrays are"
+            raise DamagedError(f"{count} not what was saved, the first is {differing[0]}")
+        return restored
+
+    def _read(self, step: int, **item: Any) -> Any:
+        (name,) = item
+        try:
+            with progress.waiting():
+                return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # says nothing about the checkpoint
+        # What a damaged file makes Orbax, tensorstore and their decoders raise has no one class.
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise DamagedError(f"its {name} cannot be read ({lines[0][:300]})") from error
+
+    def _set_aside(self, step: int) -> Path:
+        """Renames a checkpoint, so that the run can save at its step again."""
+        folder = self._folder / str(step)
+        number = sum(1 for _ in self._folder.glob(f"damaged-{step}-*")) + 1
+        aside = folder.with_name(f"damaged-{step}-{number}")
+        if distributed.first():
+            folder.rename(aside)
+        _all_processes(True)
+        self._manager.reload()
+        return aside
 
     def close(self) -> None:
         """Waits for the running save.
@@ -59,7 +165,7 @@ class Checkpoints:
         Raises:
             RunError: it failed.
         """
-        with _disk_errors(self._folder):
+        with _disk_errors(self._folder), progress.waiting():
             self._manager.wait_until_finished()
         self._manager.close()
 
@@ -67,6 +173,15 @@ class Checkpoints:
 def state_bytes(state: TrainState) -> int:
     """The bytes of all arrays of `state`, over all hosts."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def _sha256(leaves: dict[str, str]) -> str:
+    return digests.of_text(json.dumps(leaves, sort_keys=True))
+
+
+def _all_processes(holds: bool) -> bool:
+    """Whether something holds on every process of the run."""
+    return all(distributed.gather(holds))
 
 
 def _is_not_raised_again(record: logging.LogRecord) -> bool:

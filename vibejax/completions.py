@@ -46,7 +46,7 @@ class EngineConfig:
     window: int = 16
     page_tokens: int = 64
     pool_tokens: int = 0
-    chunk_tokens: int = 512
+    chunk_tokens: int = 128
     kv_dtype: Literal["compute", "int8"] = "compute"
     tensor: int = 1
     attention: Implementation = "auto"
@@ -62,12 +62,15 @@ class Request:
         tokens: of the prompt, at least one.
         max_tokens: longest completion, stop token included.
         samples: how many completions.
+        numbers: which of the prompt's completions these are, which decides their draws; empty:
+            0 to samples - 1.
     """
 
     prompt: int
     tokens: tuple[int, ...]
     max_tokens: int
     samples: int = 1
+    numbers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +79,13 @@ class Completion:
 
     Attributes:
         request: index of its request among those given.
-        sample: which of the request's completions.
+        sample: which of the prompt's completions.
         tokens: [C] int32, the stop token included.
         logprobs: [C] float32, nats, of the distribution sampled from.
         stop: "stop" at a stop token, "length" at the limit, "loop" where it repeats itself,
             "not_finite" where the logits of the next token are not numbers.
+        here: whether this process has its tokens and log-probs; zeros stand for those that
+            another has.
     """
 
     request: int
@@ -88,6 +93,7 @@ class Completion:
     tokens: np.ndarray
     logprobs: np.ndarray
     stop: Stop
+    here: bool = True
 
     @property
     def text_ids(self) -> list[int]:
@@ -144,6 +150,10 @@ def check_request(request: Request, context: int, model: ModelConfig) -> None:
         raise EngineError(
             f"{name}: max_tokens {request.max_tokens} and samples {request.samples} must be at "
             "least 1"
+        )
+    if request.numbers and len(request.numbers) != request.samples:
+        raise EngineError(
+            f"{name}: numbers {request.numbers} must be as many as samples {request.samples}"
         )
     if length + request.max_tokens > context:
         raise EngineError(

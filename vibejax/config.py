@@ -18,6 +18,8 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", max_length=64)]  # part of a file name
+# auto: the same command starts a run and goes on with it, as a pod's does that is started again.
+Resume = Literal[False, True, "auto"]
 
 
 def _field(default: Any, meaning: str) -> Any:
@@ -111,7 +113,10 @@ class SamplerConfig(Section):
     pool_tokens: Natural = _field(
         0, "tokens that a host's pages hold; 0: as many as its slots can use or its memory has"
     )
-    chunk_tokens: Count = _field(512, "tokens of a prompt computed between two windows")
+    chunk_tokens: Count = _field(
+        128,
+        "tokens of a prompt computed between two windows; more than a kernel can hold is refused",
+    )
     kv_dtype: Literal["compute", "int8"] = _field(
         "compute", "of cached keys and values; compute: that of train.dtype"
     )
@@ -213,6 +218,23 @@ class CheckpointConfig(Section):
 
     every: Count = _field(20, "steps between checkpoints; the last step is always saved")
     keep: Count = _field(2, "newest checkpoints kept")
+    keep_every: Natural = _field(
+        0, "steps between checkpoints that are kept for good, a multiple of `every`; 0: none are"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _divides(self):
+        if self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every = {self.keep_every} must be a multiple of every = {self.every}"
+            )
+        return self
+
+
+class ProfileConfig(Section):
+    """What the profiler records."""
+
+    steps: list[Count] = _field([], "steps whose traces go to `profile` in the run folder")
 
 
 class RlConfig(Section):
@@ -222,9 +244,19 @@ class RlConfig(Section):
     prompts: str = Field(description="training prompts, JSONL or parquet")
     heldout: str = _field("", "held-out prompts; empty: no evaluation")
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on from the last checkpoint in `out`")
+    resume: Resume = _field(
+        False, "go on from the last checkpoint in `out`; auto: if there is a run, else begin it"
+    )
+    watchdog_s: NotNegative = _field(
+        1_800.0,
+        "seconds without a window, micro-batch, verdict or compiled program after which the "
+        "process ends with an error, as hung; 0: never",
+    )
     steps: Count = _field(1_000, "optimizer steps")
     seed: Natural = _field(0, "of the prompt order and of sampling")
+    deterministic: bool = _field(
+        False, "the same bits each time on GPUs too, more slowly; other devices give them anyway"
+    )
     drop_solved: bool = _field(
         False, "before training, drop prompts whose group is all right or all wrong"
     )
@@ -241,6 +273,7 @@ class RlConfig(Section):
     verifiers: VerifiersConfig = VerifiersConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @pydantic.model_validator(mode="after")
     def _fits(self):
@@ -276,7 +309,7 @@ class ProbeConfig(Section):
         min_length=1, description="table of a probing set for each domain, JSONL or parquet"
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(
+    resume: Resume = _field(
         False, "go on in `out`; `checkpoints` and `domains` may differ, scores that it has stay"
     )
     seed: Natural = _field(0, "of sampling; all checkpoints get the same draws")
@@ -314,7 +347,7 @@ class EvaluateConfig(Section):
         "problem (0 or none: the stage's `samples`)}",
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on in `out` with what is not answered yet")
+    resume: Resume = _field(False, "go on in `out` with what is not answered yet")
     seed: Natural = _field(0, "of sampling")
     samples: Count = _field(16, "completions of each problem, where a set does not say")
     dtype: Dtype = _field("float32", "of the computation")
@@ -340,7 +373,7 @@ class ClrConfig(Section):
         "package:vibejax/clr_questions.toml", "TOML file of what is asked about completions"
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on in `out`, where `repeats` may differ")
+    resume: Resume = _field(False, "go on in `out`, where `repeats` may differ")
     seed: Natural = _field(0, "of sampling; each repeat has draws of its own")
     samples: Count = _field(32, "completions K of each prompt")
     claims: Count = _field(5, "claims M of each completion")
@@ -382,7 +415,14 @@ class SftConfig(Section):
     data: str = Field(description="JSONL or parquet of messages, or of prompt and completion")
     heldout: str = _field("", "held-out documents, as `data`; empty: no evaluation")
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(False, "go on from the last checkpoint in `out`")
+    resume: Resume = _field(
+        False, "go on from the last checkpoint in `out`; auto: if there is a run, else begin it"
+    )
+    watchdog_s: NotNegative = _field(
+        1_800.0,
+        "seconds without a window, micro-batch, verdict or compiled program after which the "
+        "process ends with an error, as hung; 0: never",
+    )
     epochs: NotNegative = _field(0.0, "passes over `data`, in place of `steps`")
     steps: Natural = _field(0, "optimizer steps, in place of `epochs`")
     documents_per_step: Count = _field(
@@ -395,6 +435,9 @@ class SftConfig(Section):
         0, "positions of the trained model, written into its config.json; 0: the policy's"
     )
     seed: Natural = _field(0, "of the weights and the document order")
+    deterministic: bool = _field(
+        False, "the same bits each time on GPUs too, more slowly; other devices give them anyway"
+    )
     export_dtype: Literal["float32", "bfloat16", "float16"] = _field(
         "bfloat16", "of the weights in `out`/final and `out`/exports"
     )
@@ -408,6 +451,7 @@ class SftConfig(Section):
     attention: AttentionConfig = AttentionConfig()
     eval: SftEvalConfig = SftEvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @pydantic.model_validator(mode="after")
     def _has_a_start(self):
@@ -473,7 +517,7 @@ class DistillConfig(Section):
         min_length=1, description="table of a table for each domain"
     )
     out: str = _field("", "run folder; empty: a fresh numbered one under runs/")
-    resume: bool = _field(
+    resume: Resume = _field(
         False, "go on in `out`; `domains` and `selection` may differ, samples and scores stay"
     )
     seed: Natural = _field(0, "of sampling, and of what goes beyond a domain's share")

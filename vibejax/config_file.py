@@ -148,12 +148,17 @@ def _toml(table: dict[str, Any], path: str) -> Iterator[str]:
 
 def differences(stored: Section, given: Section) -> list[str]:
     """One "key: stored -> given" for each field in which two configurations differ."""
-    old, new = dict(_leaves(stored.model_dump())), dict(_leaves(given.model_dump()))
+    old, new = leaves(stored), leaves(given)
     return [  # a table of free names may have other keys
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in old | new
         if old.get(key) != new.get(key)
     ]
+
+
+def leaves(config: Section) -> dict[str, Any]:
+    """Every field by its dotted name."""
+    return dict(_leaves(config.model_dump()))
 
 
 def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -217,7 +222,8 @@ def _field_lines(cls: type[Section]) -> Iterator[str]:
     """Lines of --help: name, type, default and meaning."""
     for name, kind, field in _fields(cls):
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        type_name = " | ".join(choices) or getattr(kind, "__name__", str(kind))
+        written = (c if isinstance(c, str) else _literal(c) for c in choices)
+        type_name = " | ".join(written) or getattr(kind, "__name__", str(kind))
         default = "required" if field.is_required() else f"default {_literal(field.default)}"
         yield f"  {name} ({type_name}, {default})"
         yield f"      {field.description}"

@@ -17,11 +17,12 @@ Several devices: each has slots and pages of its own, and all take requests from
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from vibejax import attention, batching, decode, memory_plan, sharding
+from vibejax import attention, batching, decode, memory_plan, progress, sharding
 from vibejax.batching import Draft
 from vibejax.completions import (
     Completion,
@@ -84,7 +85,8 @@ class Engine:
             EngineError: a size cannot be used, or the plan does not fit.
         """
         self.config, self.counts = config, Counts()
-        self._dtype = params["norm"].dtype
+        self.dtype = params["norm"].dtype
+        self.kv_dtype = kv_dtype(config, self.dtype)
         self.mesh = engine_mesh(config.model, config.tensor, devices)
         self.context = config.context or config.model.context
         self._parts = sharding.ways(self.mesh, "batch")
@@ -92,7 +94,13 @@ class Engine:
         self._entries = -(-self.context // config.page_tokens)
         with jax.set_mesh(self.mesh):
             self._has_copies = config.attention == "auto" and not attention.has_kernels()
-        self.memory = _plan_memory(self)
+        self.memory = plan_memory(
+            config,
+            self.dtype,
+            parts=self._parts,
+            copied=self._has_copies,
+            limit_bytes=config.memory_bytes or memory_plan.device_bytes(self.mesh.local_devices[0]),
+        )
         self.params = params if isinstance(params["norm"], jax.Array) else None
         self._pools: decode.Pools | None = None
         self._copies, self._copies_shape = None, None
@@ -174,7 +182,8 @@ class Engine:
             plans = [part.plan(share) for part in parts]
             for plan in plans:
                 for sequence in plan.started:
-                    drafts.setdefault(sequence, _draft(requests[sequence.job.id]))
+                    request = requests[sequence.job.id]
+                    drafts.setdefault(sequence, _draft(request, sequence.sample))
             tables.write(plans)
             self.counts.host_s += time.perf_counter() - began
             self._fill(plans, requests, drafts)
@@ -183,6 +192,7 @@ class Engine:
             if places.assign(plans):
                 drawn = self._window(places, drafts, tables, how, seed, step)
             yield from ended  # while the device works
+            progress.beat()
             if run != self._runs:
                 raise EngineError("the engine was closed, loaded or asked for something else")
             drawn = jax.device_get(drawn)
@@ -244,7 +254,7 @@ class Engine:
                 self._copies, self._copies_shape = None, shape
                 with jax.set_mesh(self.mesh):
                     self._copies = decode.empty_copies(
-                        config.model, self._parts * places.count, shape[1], self._dtype
+                        config.model, self._parts * places.count, shape[1], self.dtype
                     )
         rows = batching.make_rows(places, drafts, tables.page_PSM, entries)
         with jax.set_mesh(self.mesh):
@@ -281,7 +291,7 @@ class Engine:
                 self._learn(requests[sequence.job.id].prompt, draft.count)
                 completions.append(
                     Completion(
-                        sequence.job.id, sequence.sample, draft.tokens[: draft.count].copy(),
+                        sequence.job.id, draft.sample, draft.tokens[: draft.count].copy(),
                         draft.logprobs[: draft.count].copy(), stop,
                     )
                 )  # fmt: skip
@@ -308,13 +318,14 @@ class Engine:
         config, model = self.config, self.config.model
         with jax.set_mesh(self.mesh):
             return decode.empty_pools(
-                model, self._parts * self.memory.pages, config.page_tokens, _kv_dtype(self)
+                model, self._parts * self.memory.pages, config.page_tokens, self.kv_dtype
             )
 
 
-def _draft(request: Request) -> Draft:
+def _draft(request: Request, place: int) -> Draft:
     return Draft(
         prompt=request.prompt,
+        sample=request.numbers[place] if request.numbers else place,
         prompt_tokens=np.asarray(request.tokens, np.int32),
         tokens=np.empty(request.max_tokens, np.int32),
         logprobs=np.empty(request.max_tokens, np.float32),
@@ -343,35 +354,41 @@ def engine_mesh(
     return sharding.make_mesh({"data": len(devices) // tensor, "tensor": tensor}, devices)
 
 
-def _kv_dtype(engine: Engine):
-    if engine.config.kv_dtype == "int8":
-        return np.dtype(np.int8)
-    return engine._dtype
+def plan_memory(
+    config: EngineConfig, dtype: Any, *, parts: int, copied: bool, limit_bytes: int
+) -> MemoryPlan:
+    """The plan of a device's memory, and with it the number of pages.
 
-
-def _plan_memory(engine: Engine) -> MemoryPlan:
-    """The plan of an engine's memory, and with it the number of pages.
+    Args:
+        config: the engine's sizes.
+        dtype: of the parameters.
+        parts: groups of devices with slots of their own.
+        copied: whether rows decode from copies of their pages.
+        limit_bytes: that a device has for the engine.
 
     Raises:
         EngineError: it does not fit.
     """
-    config = engine.config
-    weights = memory_plan.weight_bytes(config.model, engine._dtype, config.tensor)
-    limit = config.memory_bytes or memory_plan.device_bytes(engine.mesh.local_devices[0])
+    context = config.context or config.model.context
     try:
         return memory_plan.plan(
             config.model,
-            rows=config.slots // engine._parts,
-            context=engine._entries * config.page_tokens,
+            rows=config.slots // parts,
+            context=-(-context // config.page_tokens) * config.page_tokens,
             page_tokens=config.page_tokens,
-            pool_tokens=config.pool_tokens // engine._parts,
+            pool_tokens=config.pool_tokens // parts,
             chunk_tokens=config.chunk_tokens,
-            kv_dtype=_kv_dtype(engine),
-            dtype=engine._dtype,
+            kv_dtype=kv_dtype(config, dtype),
+            dtype=dtype,
             tensor=config.tensor,
-            copied=engine._has_copies,
-            weight_bytes=weights,
-            limit_bytes=limit,
+            copied=copied,
+            weight_bytes=memory_plan.weight_bytes(config.model, dtype, config.tensor),
+            limit_bytes=limit_bytes,
         )
     except MemoryError as error:
         raise EngineError(str(error)) from None
+
+
+def kv_dtype(config: EngineConfig, dtype: Any) -> np.dtype:
+    """Of pages, where parameters are of `dtype`."""
+    return np.dtype(np.int8 if config.kv_dtype == "int8" else dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import qwen2, sharding, train
+from vibejax import distributed, goodput, qwen2, sharding, train
 from vibejax.completions import Request
 from vibejax.config import RlConfig, TrainConfig
 from vibejax.data import Prompt
@@ -20,6 +20,7 @@ DRAWS = 2**31 - 3  # the "step" of the canary's draws
 TOKENS = 8  # drawn and scored after every hand-over
 
 
+@goodput.phase("handover")
 def hand_over(
     engine: Engine,
     params: Params,
@@ -29,6 +30,8 @@ def hand_over(
     mesh: jax.sharding.Mesh,
 ) -> None:
     """Gives the engine the trainer's weights; a few tokens are drawn and compared.
+
+    Every process has an engine, and the trainer scores what each of them draws.
 
     Args:
         engine: which gets them.
@@ -48,23 +51,30 @@ def hand_over(
     (completion,) = engine.generate(
         [Request(prompt.index, prompt.tokens, max_tokens)], how, step=DRAWS
     )
-    if completion.stop == "not_finite":
+    finite = completion.stop != "not_finite"
+    drawn = distributed.gather([completion.tokens.tolist(), completion.logprobs.tolist(), finite])
+    if not all(finite for *_, finite in drawn):
         return  # no hand-over's fault: the rollout says so
-    before, count = len(prompt.tokens), len(completion.tokens)
-    document = Document(
-        tokens=np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens]),
-        weights=np.repeat(np.float32([0, 1]), [before, count]),
-    )
-    (logprob_T,) = train.score_documents(score, params, [document], _short_rows(config), mesh)
-    apart = np.abs(logprob_T[before:] - completion.logprobs).mean()
-    if not apart <= config.objective.max_mean_dlogp:
-        raise RunError(
-            f"the engine's weights are not the trainer's: |d logp| = {apart:.3g} nats over {count} "
-            f"tokens is above objective.max_mean_dlogp = {config.objective.max_mean_dlogp}"
+    before = len(prompt.tokens)
+    documents = [
+        Document(
+            tokens=np.array([*prompt.tokens, *tokens], np.int32),
+            weights=np.repeat(np.float32([0, 1]), [before, len(tokens)]),
         )
+        for tokens, *_ in drawn
+    ]
+    scored = train.score_documents(score, params, documents, short_rows(config), mesh)
+    for process, (logprob_T, (tokens, logprobs, _)) in enumerate(zip(scored, drawn, strict=True)):
+        apart = np.abs(logprob_T[before:] - np.float32(logprobs)).mean()
+        if not apart <= config.objective.max_mean_dlogp:
+            raise RunError(
+                f"the weights of process {process}'s engine are not the trainer's: |d logp| = "
+                f"{apart:.3g} nats over {len(tokens)} tokens is above objective.max_mean_dlogp = "
+                f"{config.objective.max_mean_dlogp}"
+            )
 
 
-def _short_rows(config: RlConfig) -> TrainConfig:
+def short_rows(config: RlConfig) -> TrainConfig:
     """Rows for a prompt and a few tokens more, one for each device that has rows."""
     longest, shards = config.rollout.max_prompt_tokens + TOKENS, config.mesh.context
     chunk = sharding.CONTEXT_CHUNK

@@ -1,6 +1,6 @@
-"""What an engine will hold on each device, before it allocates anything.
+"""What lies on each device, before anything is allocated: the trainer's state, and the engine.
 
-Weights and pages are exact; temporaries are estimated from the shapes of the programs.
+State, weights and pages are exact; temporaries are estimated from the shapes of the programs.
 """
 
 import dataclasses
@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vibejax.losses.logprobs import CHUNK_TOKENS
 from vibejax.qwen2 import ModelConfig, ParamInfo, map_table
-from vibejax.sharding import mesh_axes
+from vibejax.sharding import mesh_axes, sharding
+from vibejax.train import TrainState
 
 GIB = 2**30
 HOST_SHARE = 0.5  # of a host's memory that a CPU's engine may take
+SPARE_SHARE = 0.03  # of a device's memory: programs, rows, and what lies between allocations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,40 @@ class MemoryPlan:
             f"temporaries about {self.temporary_bytes / GIB:.2f} GiB, "
             f"of {self.limit_bytes / GIB:.2f} GiB"
         )
+
+
+def float32_copies(*, updating: bool, reference: bool) -> int:
+    """How many float32 arrays of all parameters the trainer holds.
+
+    Masters and two moments always; the summed gradients only while it updates.
+
+    Args:
+        updating: whether gradients are being summed.
+        reference: whether a KL term keeps the starting policy.
+    """
+    return 3 + updating + reference
+
+
+def sharded_bytes(model: ModelConfig, mesh: jax.sharding.Mesh) -> int:
+    """Bytes of a device's part of one float32 array of all parameters."""
+
+    def count(info: ParamInfo) -> int:
+        return math.prod(sharding(mesh, info.shape, *info.axes).shard_shape(info.shape))
+
+    return 4 * sum(jax.tree.leaves(map_table(count, model)))
+
+
+def scoring_bytes(model: ModelConfig, tokens: int) -> int:
+    """About what scoring a few tokens takes on a device, beside the parameters.
+
+    Args:
+        model: that scores.
+        tokens: of a device.
+    """
+    logits = 3 * 4 * min(tokens, CHUNK_TOKENS) * model.vocab_rows
+    head = 2 * model.vocab_rows * model.width
+    layer = 6 * (3 * model.width * model.mlp + 4 * model.width * model.heads * model.head_dim)
+    return logits + head + layer
 
 
 def weight_bytes(model: ModelConfig, dtype: Any, tensor: int) -> int:
@@ -133,6 +170,23 @@ def page_bytes(model: ModelConfig, page_tokens: int, kv_dtype: Any, tensor: int)
     itemsize = jnp.dtype(kv_dtype).itemsize
     per_token = 2 * model.head_dim * itemsize + (8 if itemsize == 1 else 0)
     return model.layers * model.kv_heads // tensor * page_tokens * per_token
+
+
+def resident_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of shapes that have shardings, on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def trainer_line(state: TrainState, device: jax.Device) -> str:
+    """What a device holds of a trainer, but for what the micro-batches themselves need."""
+    weights, moments = resident_bytes(state.params), resident_bytes(state.opt_state)
+    return (
+        f"trainer memory of a device: weights {weights / GIB:.2f} GiB, "
+        f"optimizer {moments / GIB:.2f} GiB, while it learns gradients {weights / GIB:.2f} GiB, "
+        f"of {device_bytes(device) / GIB:.2f} GiB"
+    )
 
 
 def device_bytes(device: jax.Device) -> int:

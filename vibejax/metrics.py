@@ -8,13 +8,18 @@ import tensorboardX
 from rich.console import Console
 from rich.text import Text
 
+from vibejax import distributed
 from vibejax.run_folder import Log
+
+VARYING = ("time/", "goodput/")  # how long things took, which differs from run to run
 
 
 class Metrics:
     """Writes every step to metrics.jsonl and TensorBoard, and a row of the table to stderr.
 
-    Names are `area/name`; seconds and rates, which differ from run to run, are in `time/`.
+    Of several processes the first does.
+
+    Names are `area/name`; those that differ from run to run begin with one of `VARYING`.
     """
 
     def __init__(self, folder: Path, step: int, columns: dict[str, tuple[str, str]]):
@@ -26,9 +31,11 @@ class Metrics:
             columns: of the table: title -> (metric, format).
         """
         self.log = Log(folder / "metrics.jsonl", step)
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=distributed.first()
+        )
         self._columns = columns
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console = Console(file=sys.stderr, highlight=False, quiet=not distributed.first())
         self._header = False
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

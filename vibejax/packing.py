@@ -160,11 +160,8 @@ def unpack(
     return out
 
 
-def microbatches(rows: Rows, size: int) -> Iterator[tuple[Rows, int]]:
+def microbatches(rows: Rows, size: int) -> Iterator[Rows]:
     """Cuts rows into micro-batches of `size`, the last filled up with empty rows.
-
-    Yields:
-        The micro-batch, and how many of its rows are real.
 
     Raises:
         ValueError: a segment id is not one run; the attention kernels, which see it traced, would
@@ -175,9 +172,8 @@ def microbatches(rows: Rows, size: int) -> Iterator[tuple[Rows, int]]:
     count = len(rows["token"])
     for start in range(0, count, size):
         part = {name: x_BT[start : start + size] for name, x_BT in rows.items()}
-        real = len(part["token"])
-        filler = ((0, size - real), (0, 0))
-        yield {name: np.pad(x_BT, filler) for name, x_BT in part.items()}, real
+        filler = ((0, size - len(part["token"])), (0, 0))
+        yield {name: np.pad(x_BT, filler) for name, x_BT in part.items()}
 
 
 def check_runs(segment_BT: np.ndarray) -> None:

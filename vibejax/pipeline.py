@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 from vibejax import config as configs
-from vibejax import manifest
+from vibejax import manifest, preemption
 from vibejax.config import PipelineConfig, StageConfig
 from vibejax.config_file import (
     ConfigError,
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and end")
     args = parser.parse_args(arguments)
-    with errors_in_one_line(VerifierFailure, OSError):
+    with preemption.handled(), errors_in_one_line(VerifierFailure, OSError):
         config = load(PipelineConfig, args.config, args.set)
         steps = plan(config, args.config.parent)
         if args.dry_run:

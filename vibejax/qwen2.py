@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from vibejax.attention import Implementation, attention
 from vibejax.rope import Rope, inverse_frequencies
-from vibejax.sharding import constrain, sharding
+from vibejax.sharding import constrain, replicated, sharding
 
 Params = dict[str, Any]
 Remat = Literal["none", "full", "attention", "offload"]
@@ -42,11 +42,24 @@ def _project(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
     A weight's gradient sums over tokens and over devices: with float32 weights, in float32.
 
+    On a mesh the whole weight is gathered, and its gradient scattered again: left to itself, XLA
+    for TPUs multiplies by one device's part after the other, and moves the result each time.
+
     For it one factor is read transposed. Without the barrier XLA for CPUs computes the
     activation's derivative inside that transposing read, element by element: a training step of
     the shipped policy then takes twice as long.
     """
-    return _einsum(subscripts, x, w.astype(x.dtype))
+    return _einsum(subscripts, x, _gathered(subscripts, w, x.dtype))
+
+
+def _gathered(subscripts: str, w: jax.Array, dtype: Any) -> jax.Array:
+    """A weight in the dtype of the computation, whole but for what devices share on purpose."""
+    return constrain(w.astype(dtype), *_weight_axes(subscripts, embed=None))
+
+
+def _weight_axes(subscripts: str, embed: str | None) -> list[str | None]:
+    names = {"E": embed, "H": "heads", "K": "kv_heads", "D": "head_dim", "F": "mlp"}
+    return [names[letter] for letter in subscripts.split("->")[0].split(",")[1]]
 
 
 def _project_forward(subscripts, x, w):
@@ -58,9 +71,10 @@ def _project_backward(subscripts, residuals, dy):
     inputs, out_axes = subscripts.split("->")
     x_axes, w_axes = inputs.split(",")
     dy = jax.lax.optimization_barrier(dy)
-    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, w.astype(x.dtype))
+    whole = _gathered(subscripts, w, x.dtype)
+    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, whole)
     dw = _einsum(f"{x_axes},{out_axes}->{w_axes}", x, dy, preferred_element_type=w.dtype)
-    return dx, dw
+    return dx, constrain(dw, *_weight_axes(subscripts, embed="embed"))
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -201,6 +215,7 @@ def head(params: Params) -> jax.Array:
     return params.get("head", params["embed"])
 
 
+@jax.named_scope("logits")
 def logits(params: Params, x_BE: jax.Array, config: ModelConfig) -> jax.Array:
     """[B, V] float32 logits of the next token; ids that do not exist hold -1e30."""
     head_VE = head(params).astype(x_BE.dtype)
@@ -238,7 +253,8 @@ def hidden_states(
     Returns:
         [B, T, E] of `dtype`.
     """
-    x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
+    with jax.named_scope("embed"):
+        x_BTE = constrain(params["embed"][token_BT].astype(dtype), "batch", "length", None)
     cos_BTD, sin_BTD = _rope(position_BT, config)
 
     def layer(x_BTE: jax.Array, p: Params) -> tuple[jax.Array, None]:
@@ -247,7 +263,8 @@ def hidden_states(
         a_BTHD = attention(
             q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation, place_BT
         )
-        x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
+        with jax.named_scope("out"):
+            x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
         return constrain(_mlp(x_BTE, p, config, TRAINER), "batch", "length", None), None
 
     x_BTE, _ = jax.lax.scan(_rematerialised(layer, remat), x_BTE, params["layers"])
@@ -295,13 +312,15 @@ def cached_states(
     Returns:
         [B, T, E] of the parameters' dtype, and the caches.
     """
-    x_BTE = constrain(params["embed"][token_BT], "batch", None, None)
+    with jax.named_scope("embed"):
+        x_BTE = constrain(params["embed"][token_BT], "batch", None, None)
     cos_BTD, sin_BTD = _rope(jnp.maximum(position_BT, 0), config)
     written = []
     for p, cache in zip(params["layers"], caches, strict=True):
         q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config, SAMPLER)
         a_BTHD, cache = attend(cache, q_BTHD, k_BTKD, v_BTKD)
-        x_BTE = x_BTE + _project_held("BTHD,HDE->BTE", a_BTHD, p["o"])
+        with jax.named_scope("out"):
+            x_BTE = x_BTE + _project_held("BTHD,HDE->BTE", a_BTHD, p["o"])
         x_BTE = constrain(_mlp(x_BTE, p, config, SAMPLER), "batch", None, None)
         written.append(cache)
     return _norm_alike(x_BTE, params["norm"], config.norm_epsilon), written
@@ -318,15 +337,25 @@ def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh |
         params: tree of `param_table(config)`.
         config: of the model.
         dtype: of the copy.
-        mesh: where it is to lie, over devices that hold `params`; None: where they are. One layer
-            is moved at a time.
+        mesh: where it is to lie, over devices that hold `params`: all of them, or with several
+            processes this one's; None: where they are. One layer is moved at a time.
     """
+    dtype, away = jnp.dtype(dtype), None
+    if mesh is not None and not params["norm"].is_fully_addressable:
+        mesh, away = None, mesh  # no program moves from the mesh of all to that of one
+
+    def moved(held: Params, shapes: Params) -> Params:
+        return held if away is None else _to_process(held, shapes, params["norm"].sharding.mesh)
+
+    shapes = sampler_shapes(config, dtype, away)
     layers = [
-        _sampler_layer(params["layers"], i, config, jnp.dtype(dtype), mesh)
+        moved(sampler_layer(params["layers"], i, config, dtype, mesh), shapes["layers"][i])
         for i in range(config.layers)
     ]
     rest = {name: w for name, w in params.items() if name != "layers"}
-    return _sampler_rest(rest, config, jnp.dtype(dtype), mesh) | {"layers": layers}
+    return {
+        name: moved(w, shapes[name]) for name, w in sampler_rest(rest, config, dtype, mesh).items()
+    } | {"layers": layers}
 
 
 def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
@@ -344,8 +373,31 @@ def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) ->
     return shapes | {"layers": [shapes["layers"]] * config.layers}
 
 
+def _to_process(held: Params, shapes: Params, mesh: Mesh) -> Params:
+    """Arrays over the `mesh` of all processes, laid out as `shapes` say on the devices of this one.
+
+    All devices get the whole; this process's copies then become an array of its own, from which
+    each device keeps its part. All processes must call.
+    """
+
+    def to_process(w: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        copies = [shard.data for shard in w.addressable_shards]
+        whole = replicated(shape.sharding.mesh)
+        local = jax.make_array_from_single_device_arrays(w.shape, whole, copies)
+        return jax.device_put(local, shape.sharding)
+
+    return jax.tree.map(to_process, _whole_everywhere(held, mesh), shapes)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _whole_everywhere(held: Params, mesh: Mesh) -> Params:
+    return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, replicated(mesh)), held)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _sampler_layer(stacked, i, config, dtype, mesh):
+def sampler_layer(stacked, i, config, dtype, mesh):
+    """Layer i of `sampler_params`, from the stacked ones."""
+
     def hold(info: ParamInfo, w_L: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(w_L, i, keepdims=False).astype(dtype)
         order = (*range(info.inputs, w.ndim), *range(info.inputs))
@@ -356,7 +408,8 @@ def _sampler_layer(stacked, i, config, dtype, mesh):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _sampler_rest(rest, config, dtype, mesh):
+def sampler_rest(rest, config, dtype, mesh):
+    """What `sampler_params` holds beside layers."""
     table = param_table(config)
     return {name: _on(mesh, w.astype(dtype), *table[name].axes) for name, w in rest.items()}
 
@@ -380,6 +433,7 @@ def _project_held(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return y_NF.reshape(*rows, *w.shape[: w.ndim - summed])
 
 
+@jax.named_scope("qkv")
 def _qkv(x_BTE, p, cos_BTD, sin_BTD, config, how):
     h_BTE = how.norm(x_BTE, p["attention_norm"], config.norm_epsilon)
     q_BTHD = _biased(how.project("BTE,EHD->BTHD", h_BTE, p["q"]), p["q_bias"])
@@ -389,6 +443,7 @@ def _qkv(x_BTE, p, cos_BTD, sin_BTD, config, how):
     return q_BTHD, _rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
 
 
+@jax.named_scope("mlp")
 def _mlp(x_BTE, p, config, how):
     h_BTE = how.norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
     gate_BTF = jax.nn.silu(how.project("BTE,EF->BTF", h_BTE, p["gate"]))

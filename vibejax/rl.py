@@ -2,16 +2,19 @@
 
 Each step samples G completions of N prompts, verifies them, and takes one on-policy update;
 Long2Short is the same stage with objective.long2short above 0. Without CONFIG it trains the
-policy that ships with the package on three-digit sums, in minutes on a CPU.
+policy that ships with the package on three-digit sums, in minutes on a CPU. On several hosts the
+same command runs once on each (see `distributed`): every host samples and verifies its share of
+the prompts, and all take one update together.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,15 @@ import optax
 
 from vibejax import (
     data,
+    digests,
+    distributed,
+    exchange,
+    goodput,
     handover,
+    memory_plan,
     optimizer,
+    preemption,
+    programs,
     qwen2,
     rollout,
     run_folder,
@@ -29,18 +39,22 @@ from vibejax import (
     sharding,
     tokenizer,
     train,
+    watchdog,
     weights,
 )
 from vibejax.checkpoint import Checkpoints
+from vibejax.completions import EngineConfig
 from vibejax.config import RlConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
+from vibejax.journal import Journal
 from vibejax.locations import resolve
 from vibejax.losses import importance, mgpo
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
+from vibejax.profiling import Profile
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.rollout import Rollout
 from vibejax.run_folder import Log, RunError
@@ -66,9 +80,23 @@ COLUMNS = {
 }
 
 
+class Programs(NamedTuple):
+    """What the trainer's devices run.
+
+    Attributes:
+        optimizer: of the updates.
+        train_step: gradients of rows, and the update.
+        score: (params, rows) -> [B, T] log-probs.
+    """
+
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    score: Callable[[Params, train.Batch], jax.Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What stays the same over a run."""
+    """What stays the same over a run; `journal`, of what is sampled, lies in its folder."""
 
     config: RlConfig
     source: Path
@@ -79,12 +107,17 @@ class Setup:
     optimizer: optax.GradientTransformation
     train_step: TrainStep
     score: Callable[[Params, train.Batch], jax.Array]
+    journal: Journal | None = None
 
 
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(RlConfig, doc=__doc__, default=DEFAULT)
-    with errors_in_one_line(VerifierFailure, OSError):
+    with (
+        preemption.handled(),
+        errors_in_one_line(VerifierFailure, OSError),
+        distributed.joined(config),
+    ):
         run(config)
 
 
@@ -99,22 +132,33 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used, or the run cannot go on.
     """
     began = time.perf_counter()
+    goodput.start()
+    programs.prepare(deterministic=config.deterministic)
     setup = set_up(config)
     prompts = _prompts(setup, config.prompts)
     if config.curriculum_steps:
         data.easiest(prompts, 1.0, at_least=1)  # names a record without accuracy before all else
     heldout = _prompts(setup, config.heldout)[: config.eval.prompts] if config.heldout else []
     folder = run_folder.open_run(config, "rl")
-    with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(setup.mesh):
+    journal = Journal(folder / "journal", config, distributed.process())
+    setup = dataclasses.replace(setup, journal=journal)
+    with (
+        watchdog.watching(config.watchdog_s),
+        distributed.log_file(folder),
+        open_pool(**config.verifiers.pool_arguments()) as pool,
+        jax.set_mesh(setup.mesh),
+        contextlib.closing(_checkpoints(folder, config)) as checkpoints,
+    ):
         reference = _load(setup) if config.objective.kl else None
-        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         state = train.init_state(_load(setup), setup.optimizer)
         if config.resume:
             state = checkpoints.restore_latest(state)
-        done = int(state.step)
+        done = int(state.step) // config.objective.updates
         metrics = Metrics(folder, done, COLUMNS)
         evaluations = Log(folder / "heldout.jsonl", done)
         samples = Log(folder / "samples.jsonl", done)
+        profile = Profile(folder / "profile", config.profile.steps)
+        distributed.announce(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
 
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
             if not heldout:
@@ -129,6 +173,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             metrics.write(0, evaluate(state, 0))
         for step in range(done + 1, config.steps + 1):
             start = time.perf_counter()
+            profile.begin(step)
             rolled = roll_out(setup, state, prompts, step, pool)
             sampled = time.perf_counter()
             if not rolled.finite:
@@ -139,12 +184,11 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             state, values = update(setup, state, rolled, reference)
             if not values["optimizer/finite"]:
                 checkpoints.save(step - 1, state)
-                checkpoints.close()
                 raise RunError(
                     f"step {step}: the loss or the gradient is not finite; the state after step "
                     f"{step - 1} is saved in {folder / 'checkpoints'}"
                 )
-            values |= rollout.engine_metrics(setup.engine.counts) | {
+            values |= rollout.engine_metrics(exchange.total(setup.engine.counts)) | {
                 "time/step_s": time.perf_counter() - start,
                 "time/sample_s": sampled - start,
                 "time/sampled_tokens_per_s": rolled.length_NG.sum() / (sampled - start),
@@ -152,15 +196,20 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 values |= evaluate(state, step)
             _write_samples(samples, step, rolled, setup)
-            metrics.write(step, values)
+            metrics.write(step, values | goodput.shares())
             if step == config.steps or step % config.checkpoint.every == 0:
+                for log in (metrics.log, evaluations, samples):
+                    log.sync()
+                saved = checkpoints.latest_step()
                 checkpoints.save(step, state)
-        for file in (metrics, evaluations, samples, checkpoints):
+                journal.drop(saved or 0)  # that one is finished now
+        for file in (metrics, evaluations, samples, checkpoints, profile):
             file.close()
+        journal.drop(config.steps + 1)
         weights.save_params(
             state.params, setup.model, folder / "final", dtype="bfloat16", source=setup.source
         )
-    _print_gain(evaluations.rows, time.perf_counter() - began)
+    _announce_gain(evaluations.rows, time.perf_counter() - began)
     return folder
 
 
@@ -179,15 +228,13 @@ def set_up(config: RlConfig) -> Setup:
             f"the {model.context} positions of {config.policy}"
         )
     mesh = _mesh(config, model)
+    limit = memory_plan.device_bytes(mesh.local_devices[0])
     engine = Engine(
         qwen2.sampler_shapes(model, config.train.dtype),
-        rollout.engine_config(config.rollout, model),
+        engine_config(config, model, mesh, limit),
         mesh.local_devices,
     )
-    print(engine.memory)
-    adamw = optimizer.make_optimizer(config.optimizer, config.steps * config.objective.updates)
-    schedule = optimizer.make_schedule(config.optimizer, config.steps * config.objective.updates)
-    loss_fn = functools.partial(policy_loss, model=model, config=config)
+    distributed.announce(engine.memory)
     return Setup(
         config=config,
         source=source,
@@ -195,10 +242,49 @@ def set_up(config: RlConfig) -> Setup:
         tokenizer=tokenizer.load(source),
         mesh=mesh,
         engine=engine,
-        optimizer=adamw,
-        train_step=train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
-        score=jax.jit(lambda params, rows: _logprobs(params, rows, model, config).logprob_BT),
+        **make_programs(config, model, mesh)._asdict(),
     )
+
+
+def engine_config(
+    config: RlConfig, model: ModelConfig, mesh: jax.sharding.Mesh, device_bytes: int
+) -> EngineConfig:
+    """The engine of a run.
+
+    Of a device's bytes it may have what the trainer's state leaves, and the scoring by which a
+    hand-over is checked while there are pages.
+    """
+    copies = memory_plan.float32_copies(updating=False, reference=bool(config.objective.kl))
+    tokens = handover.short_rows(config).row_tokens // config.mesh.context
+    taken = (
+        copies * memory_plan.sharded_bytes(model, mesh)
+        + memory_plan.scoring_bytes(model, tokens)
+        + int(memory_plan.SPARE_SHARE * device_bytes)
+    )
+    return dataclasses.replace(
+        rollout.engine_config(config.rollout, model), memory_bytes=max(1, device_bytes - taken)
+    )
+
+
+def make_programs(config: RlConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Programs:
+    """The trainer's programs, which compile where they are first called."""
+    steps = config.steps * config.objective.updates
+    adamw = optimizer.make_optimizer(config.optimizer, steps)
+    schedule = optimizer.make_schedule(config.optimizer, steps)
+    loss_fn = functools.partial(policy_loss, model=model, config=config)
+    return Programs(
+        adamw,
+        train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
+        jax.jit(
+            lambda params, rows: _logprobs(params, rows, model, config).logprob_BT,
+            out_shardings=sharding.replicated(mesh),
+        ),
+    )
+
+
+def _checkpoints(folder: Path, config: RlConfig) -> Checkpoints:
+    kept = config.checkpoint
+    return Checkpoints(folder / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
 
 
 def policy_loss(
@@ -282,6 +368,7 @@ def evaluate_heldout(
     return _sample(setup, state, prompts, pool, how, config.eval.samples, HELDOUT_DRAWS)
 
 
+@goodput.phase("train")
 def update(
     setup: Setup, state: TrainState, rolled: Rollout, reference: Params | None
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -305,15 +392,17 @@ def update(
         documents = _with_channel(setup, reference, documents, "reference_logprob")
     metrics: dict[str, float] = rollout.group_metrics(rolled)
     metrics["rollout/groups_mixed"] = float((advantage_NG != 0).any(axis=1).mean())
+    here = [completion.here for group in rolled.completions for completion in group]
     for part, indices in enumerate(slices):
-        chosen = [documents[i] for i in indices]
         if reference is None:
-            chosen = [d for d in chosen if d.channels["advantage"].any()]
+            indices = [i for i in indices if documents[i].channels["advantage"].any()]
+        chosen = [documents[i] for i in indices]
         sums, logprobs = train.sum_documents(
-            setup.train_step, state.params, chosen, config.train, setup.mesh
+            setup.train_step, state.params, chosen, config.train, setup.mesh, exchange.place
         )
         if part == 0 and chosen:
-            metrics |= _agreement(chosen, logprobs, objective)
+            own = [(d, x) for i, d, x in zip(indices, chosen, logprobs, strict=True) if here[i]]
+            metrics |= _agreement(own, objective)
         state, values = setup.train_step.apply(state, sums)
         metrics |= {name: float(value) for name, value in values.items()}
         learnt = sum(np.count_nonzero(d.weights) for d in chosen)
@@ -334,15 +423,15 @@ def _logprobs(params: Params, rows: train.Batch, model: ModelConfig, config: RlC
     )
 
 
-def _agreement(documents: Sequence[Document], logprobs, objective) -> dict[str, float]:
-    learnt = [d.weights > 0 for d in documents]
-    metrics = importance.agreement(
-        np.concatenate([x[m] for x, m in zip(logprobs, learnt, strict=True)]),
-        np.concatenate(
-            [d.channels["sampler_logprob"][m] for d, m in zip(documents, learnt, strict=True)]
-        ),
-        cap=objective.correction_cap,
-    )
+def _agreement(own: Sequence[tuple[Document, np.ndarray]], objective) -> dict[str, float]:
+    """Sampler and trainer on all tokens, from this process's documents and their log-probs."""
+    count, metrics = 0, {}
+    if own:
+        logprob_T = np.concatenate([x[d.weights > 0] for d, x in own])
+        sampled_T = np.concatenate([d.channels["sampler_logprob"][d.weights > 0] for d, _ in own])
+        count = len(logprob_T)
+        metrics = importance.agreement(logprob_T, sampled_T, cap=objective.correction_cap)
+    metrics = importance.combined_agreement(distributed.gather([count, metrics]))
     apart = metrics["agreement/mean_abs_dlogp"]
     if apart > objective.max_mean_dlogp:
         raise RunError(
@@ -355,7 +444,9 @@ def _agreement(documents: Sequence[Document], logprobs, objective) -> dict[str, 
 def _with_channel(setup: Setup, params: Params, documents: list[Document], name: str):
     """The documents with their log-probs under `params` as a further channel."""
     config = setup.config.train
-    values = train.score_documents(setup.score, params, documents, config, setup.mesh)
+    values = train.score_documents(
+        setup.score, params, documents, config, setup.mesh, exchange.place
+    )
     return [
         dataclasses.replace(d, channels=d.channels | {name: value})
         for d, value in zip(documents, values, strict=True)
@@ -367,22 +458,34 @@ def _training_draws(setup: Setup) -> Sampling:
 
 
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
-    """Verified completions by the engine, which holds weights and pages for as long as it takes."""
+    """Verified completions by the engines, which hold weights and pages for as long as it takes."""
     config, engine = setup.config, setup.engine
+    entries = None
+    if setup.journal:
+        done = int(state.step) // config.objective.updates
+        entries = setup.journal.open(done, step, digests.of_tree(state.params))
     handover.hand_over(engine, state.params, setup.score, prompts[0], config, setup.mesh)
-    rolled = rollout.sample(
+    began = time.perf_counter()
+    own = rollout.sample(
         engine,
         setup.tokenizer,
-        prompts,
+        exchange.share(prompts),
         pool,
         samples=samples,
         max_tokens=config.rollout.max_completion_tokens,
         how=how,
         seed=config.seed,
         step=step,
+        entries=entries,
     )
+    if entries:
+        entries.close()
     engine.release()
-    return rolled
+    distributed.LOG.info(
+        "step %d: %d prompts, %d tokens in %.1f s", step, len(own.prompts), engine.counts.tokens,
+        time.perf_counter() - began,
+    )  # fmt: skip
+    return exchange.joined(own, prompts)
 
 
 def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
@@ -391,8 +494,9 @@ def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
     The choice is kept in the run folder, so that a resumed run has the same prompts.
     """
     path = folder / "kept_prompts.json"
-    if path.is_file():
-        kept = set(json.loads(path.read_text()))
+    stored = distributed.from_first(lambda: path.read_text() if path.is_file() else None)
+    if stored is not None:
+        kept = set(json.loads(stored))
     else:
         how, samples = _training_draws(setup), setup.config.rollout.group_size
         rolled = _sample(setup, state, prompts, pool, how, samples, FILTER_DRAWS)
@@ -400,9 +504,10 @@ def _mixed_prompts(setup, state, prompts, pool, folder: Path) -> list[Prompt]:
         kept = {p.index for p, a in zip(prompts, accuracy_N, strict=True) if 0 < a < 1}
         if not kept:
             raise RunError("drop_solved: no prompt has a group that is partly right")
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(sorted(kept)))
-        part.replace(path)
+        if distributed.first():
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(sorted(kept)))
+            part.replace(path)
     return [p for p in prompts if p.index in kept]
 
 
@@ -435,9 +540,12 @@ def _load(setup: Setup) -> Params:
 def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> None:
     """Some completions of the step as people read them, spread over its groups."""
     count = min(setup.config.samples_per_step, len(rolled.prompts))
-    for n in np.linspace(0, len(rolled.prompts) - 1, count).astype(int):
+    rows = {}
+    for n in np.linspace(0, len(rolled.prompts) - 1, count).astype(int).tolist():
         completion, verdict = rolled.completions[n][0], rolled.verdicts[n][0]
-        row = {
+        if not completion.here:
+            continue
+        rows[n] = {
             "prompt": setup.tokenizer.decode(rolled.prompts[n].tokens, skip_special_tokens=False),
             "completion": setup.tokenizer.decode(completion.text_ids),
             "ground_truth": rolled.prompts[n].record.get("ground_truth"),
@@ -445,16 +553,19 @@ def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> No
             "tokens": len(completion.tokens),
             **dataclasses.asdict(verdict),
         }
+    for _, row in sorted(pair for told in distributed.gather([*rows.items()]) for pair in told):
         samples.write(step, row)
 
 
-def _print_gain(evaluations: list[dict[str, Any]], seconds: float) -> None:
+def _announce_gain(evaluations: list[dict[str, Any]], seconds: float) -> None:
     if not evaluations:
         return
     before_N, after_N = (np.asarray(evaluations[i]["accuracy"]) for i in (0, -1))
     low, high = scoring.bootstrap_interval(after_N - before_N)
-    print(f"gain {(after_N - before_N).mean():+.3f}, 95% interval [{low:+.3f}, {high:+.3f}]")
-    print(
+    distributed.announce(
+        f"gain {(after_N - before_N).mean():+.3f}, 95% interval [{low:+.3f}, {high:+.3f}]"
+    )
+    distributed.announce(
         f"held-out pass@1: {before_N.mean():.3f} -> {after_N.mean():.3f} "
         f"({len(after_N)} prompts, {seconds:.0f} s)"
     )

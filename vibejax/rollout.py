@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from vibejax import goodput, progress
 from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config import ObjectiveConfig, SamplerConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Counts, Engine
+from vibejax.journal import Entries
 from vibejax.losses import long2short, mgpo
 from vibejax.packing import Document
 from vibejax.qwen2 import ModelConfig
@@ -31,12 +33,14 @@ class Rollout:
         completions: `completions[n][g]` answers `prompts[n]`.
         verdicts: `verdicts[n][g]` judges it.
         refilled: groups that took the place of others.
+        journaled: completions that were sampled before a restart.
     """
 
     prompts: Sequence[Prompt]
     completions: list[list[Completion]]
     verdicts: list[list[Verdict]]
     refilled: int = 0
+    journaled: int = 0
 
     @property
     def finite(self) -> bool:
@@ -97,6 +101,7 @@ def engine_config(config: SamplerConfig, model: ModelConfig) -> EngineConfig:
     )
 
 
+@goodput.phase("rollout")
 def sample(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -108,8 +113,12 @@ def sample(
     how: Sampling,
     seed: int,
     step: int,
+    entries: Entries | None = None,
 ) -> Rollout:
-    """Samples and verifies `samples` completions of each prompt, of at most `max_tokens` tokens."""
+    """Samples and verifies `samples` completions of each prompt, of at most `max_tokens` tokens.
+
+    Those in `entries`, of a journal, are taken from there; all others are added to it.
+    """
     completions: list[list[Completion]] = [[] for _ in prompts]
     verdicts: list[list[Verdict]] = [[] for _ in prompts]
     for n, group, judged in groups(
@@ -122,9 +131,10 @@ def sample(
         how=how,
         seed=seed,
         step=step,
+        entries=entries,
     ):
         completions[n], verdicts[n] = group, judged
-    return Rollout(prompts, completions, verdicts)
+    return Rollout(prompts, completions, verdicts, journaled=entries.reused if entries else 0)
 
 
 def groups(
@@ -138,11 +148,12 @@ def groups(
     how: Sampling,
     seed: int,
     step: int,
+    entries: Entries | None = None,
 ) -> Iterator[tuple[int, list[Completion], list[Verdict]]]:
     """The groups as they are done: (place of the prompt, its completions, their verdicts).
 
     Completions go to the verifiers as they finish, while others decode; a text that a prompt got
-    before is not verified again.
+    before is not verified again. Completions in `entries`, and verdicts, are taken from there.
     """
     completions: list[list[Completion]] = [[None] * samples for _ in prompts]  # type: ignore
     texts: list[list[str]] = [[None] * samples for _ in prompts]  # type: ignore
@@ -154,24 +165,48 @@ def groups(
     def group(n: int) -> tuple[int, list[Completion], list[Verdict]]:
         return n, completions[n], [judged[n][text] for text in texts[n]]
 
+    def take(n: int, completion: Completion, verdict: Verdict | None = None) -> None:
+        """Puts a completion into its place, and sends a new text to the verifiers."""
+        g = completion.sample
+        completions[n][g] = dataclasses.replace(completion, request=n)
+        text = texts[n][g] = tokenizer.decode(completion.text_ids)
+        if verdict is not None:
+            judged[n][text] = verdict
+        elif text not in judged[n]:
+            judged[n][text] = None
+            pool.submit((n, text), prompts[n].record, text)
+
     def verified(*, wait: bool) -> Iterator[tuple[int, list[Completion], list[Verdict]]]:
         for (n, text), verdict in pool.finished(wait=wait):
             judged[n][text] = verdict
+            if entries:
+                entries.judge(prompts[n], texts[n].index(text), verdict)
+            progress.beat()
             if done(n):
                 yield group(n)
 
-    requests = [Request(p.index, p.tokens, max_tokens, samples) for p in prompts]
-    for completion in engine.generate(requests, how, seed=seed, step=step):
-        n, g = completion.request, completion.sample
-        completions[n][g] = completion
-        text = texts[n][g] = tokenizer.decode(completion.text_ids)
-        if text not in judged[n]:
-            judged[n][text] = None
-            pool.submit((n, text), prompts[n].record, text)
+    requests, places = [], []
+    for n, prompt in enumerate(prompts):
+        found = entries.completions(prompt) if entries else []
+        # Verdicts first: a text that has one is not verified again for a sample that has none.
+        for completion, verdict in sorted(found, key=lambda pair: pair[1] is None):
+            take(n, completion, verdict)
+        missing = tuple(g for g in range(samples) if completions[n][g] is None)
+        if missing:
+            requests.append(Request(prompt.index, prompt.tokens, max_tokens, len(missing), missing))
+            places.append(n)
         elif done(n):
             yield group(n)
+    for completion in engine.generate(requests, how, seed=seed, step=step):
+        n = places[completion.request]
+        if entries:
+            entries.add(prompts[n], completion)
+        take(n, completion)
+        if done(n):
+            yield group(n)
         yield from verified(wait=False)
-    yield from verified(wait=True)
+    with goodput.phase("verify"):
+        yield from verified(wait=True)
 
 
 def replaced(rollout: Rollout, places: Sequence[int], other: Rollout) -> Rollout:
@@ -182,15 +217,16 @@ def replaced(rollout: Rollout, places: Sequence[int], other: Rollout) -> Rollout
         places, other.prompts, other.completions, other.verdicts, strict=False
     ):
         prompts[n], completions[n], verdicts[n] = prompt, group, judged
-    return Rollout(prompts, completions, verdicts, rollout.refilled + len(other.prompts))
+    refilled = rollout.refilled + len(other.prompts)
+    return Rollout(prompts, completions, verdicts, refilled, rollout.journaled + other.journaled)
 
 
 def engine_metrics(counts: Counts) -> dict[str, float]:
-    """What the engine did for a rollout, as metrics."""
+    """What the engine did for a rollout, as metrics; a restart inside of it does less."""
     return {
-        "rollout/efficiency": counts.tokens / max(counts.slot_steps, 1),
-        "rollout/put_back": counts.put_back,
-        "rollout/filled_tokens": counts.filled_tokens,
+        "time/efficiency": counts.tokens / max(counts.slot_steps, 1),
+        "time/put_back": counts.put_back,
+        "time/filled_tokens": counts.filled_tokens,
         "time/host_s": counts.host_s,
     }
 
@@ -219,7 +255,10 @@ def advantages(rollout: Rollout, config: ObjectiveConfig) -> np.ndarray:
 def documents(
     rollout: Rollout, advantage_NG: np.ndarray, config: ObjectiveConfig, *, max_tokens: int
 ) -> list[Document]:
-    """One document a completion, prompt first, with its per-token weights and channels."""
+    """One document a completion, prompt first, with its per-token weights and channels.
+
+    Of a completion that is not here the prompt is zeros too.
+    """
     weight_NG = mgpo.token_weights(
         rollout.length_NG.ravel(), config.aggregation, constant=max_tokens
     ).reshape(advantage_NG.shape)
@@ -232,9 +271,10 @@ def documents(
                 "advantage": np.concatenate([before, advantage_NG[n, g] * ones]),
                 "sampler_logprob": np.concatenate([before, completion.logprobs]),
             }
+            tokens = np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens])
             out.append(
                 Document(
-                    tokens=np.concatenate([np.asarray(prompt.tokens, np.int32), completion.tokens]),
+                    tokens=tokens if completion.here else np.zeros_like(tokens),
                     weights=np.concatenate([before, weight_NG[n, g] * ones]),
                     channels=channels,
                 )
@@ -262,4 +302,5 @@ def group_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/loops": sum(c.stop == "loop" for group in rollout.completions for c in group),
         "rollout/tokens": int(length_NG.sum()),
         "rollout/refilled": rollout.refilled,
+        "time/journaled": rollout.journaled,
     }

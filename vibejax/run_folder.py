@@ -1,7 +1,9 @@
 """A run's folder: created fresh or resumed, with the configuration it belongs to.
 
 A folder holds config.toml, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
-checkpoints/, exports/ and, at the end, final/; the last two hold HF folders.
+checkpoints/, logs/, exports/ and, at the end, final/; the last two hold HF folders. While an RL run
+samples, journal/ holds what it has sampled. All processes of a run see the same folder; the first
+one writes what is not named after a process.
 """
 
 import itertools
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vibejax import config_file
+from vibejax import config_file, distributed
 from vibejax.config_file import InputError, Section
 
 C = TypeVar("C", bound=Section)
@@ -31,12 +33,21 @@ def check_run(config: Section, changeable: Sequence[str] = ()) -> None:
     Raises:
         RunError: as `open_run` does.
     """
+    distributed.from_first(lambda: _check(config, changeable))
+
+
+def _check(config: Section, changeable: Sequence[str]) -> None:
     if not config.out:
         if config.resume:
-            raise RunError("resume = true needs out, the folder of the run to go on with")
+            given = json.dumps(config.resume)
+            raise RunError(f"resume = {given} needs out, the folder of the run to go on with")
         return
     folder = Path(config.out)
-    if not config.resume:
+    if not resumes(config):
+        if config.resume == "auto":
+            if folder.exists() and not folder.is_dir():
+                raise RunError(f"{folder}: is not a folder")
+            return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: exists; choose another out, or go on with resume = true")
         return
@@ -47,12 +58,19 @@ def check_run(config: Section, changeable: Sequence[str] = ()) -> None:
     differing = [
         line
         for line in config_file.differences(stored, config)
-        if line.partition(":")[0].partition(".")[0] not in ("resume", "out", *changeable)
+        if line.partition(":")[0].partition(".")[0] not in ("resume", "out", "profile", *changeable)
     ]
     if differing:
         raise RunError(
             f"{folder}: cannot resume with another configuration: {'; '.join(differing)}"
         )
+
+
+def resumes(config: Section) -> bool:
+    """Whether a run goes on in its folder; where `resume` is "auto", whether it has begun there."""
+    if config.resume == "auto":
+        return (Path(config.out) / "config.toml").is_file()
+    return config.resume
 
 
 def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Path:
@@ -68,16 +86,18 @@ def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Pat
         RunError: a named folder exists and `resume` is not set, or it is set and there is
             nothing to resume, or the stored configuration differs.
     """
-    check_run(config, changeable)
-    if config.resume and not changeable:
+    return Path(distributed.from_first(lambda: str(_open(config, stage, changeable))))
+
+
+def _open(config: Section, stage: str, changeable: Sequence[str]) -> Path:
+    _check(config, changeable)
+    if resumes(config) and not changeable:
         return Path(config.out)
     folder = Path(config.out) if config.out else _fresh(stage)
-    return _create(folder, config_file.dump(config))
-
-
-def _create(folder: Path, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(text)
+    part = folder / "config.part"
+    part.write_text(config_file.dump(config))
+    part.replace(folder / "config.toml")  # with it a run has begun
     return folder
 
 
@@ -97,25 +117,31 @@ class Log:
     """A JSONL file of one object a line, each with its `step`.
 
     Opened at step s, it drops the lines of later steps and a half-written last line: a resumed
-    run writes them again. At step 0 a run begins anew and all lines go.
+    run writes them again. At step 0 a run begins anew and all lines go. Of several processes
+    the first writes.
     """
 
     def __init__(self, path: Path, step: int):
         """Opens `path` for writing after step `step`."""
         self.rows = [row for row in read_log(path) if row["step"] <= step and step > 0]
-        part = path.with_suffix(".part")
-        with part.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        self._file = path.open("a")
+        if distributed.first():
+            part = path.with_suffix(".part")
+            with part.open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        self._file = path.open("a") if distributed.first() else open(os.devnull, "w")
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Appends one line, at once visible to readers."""
         self.rows.append({"step": step, **row})
         self._file.write(json.dumps(self.rows[-1]) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until the disk has all lines: a checkpoint must not outlive them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

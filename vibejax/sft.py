@@ -6,6 +6,7 @@ function of (seed, step), so a resumed run goes on as if it had not stopped. The
 folder, `final` in the run folder; `exports` holds those that were asked for on the way.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -17,7 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import data, optimizer, packing, qwen2, run_folder, sharding, tokenizer, train, weights
+from vibejax import (
+    data,
+    distributed,
+    goodput,
+    memory_plan,
+    optimizer,
+    packing,
+    preemption,
+    programs,
+    qwen2,
+    run_folder,
+    sharding,
+    tokenizer,
+    train,
+    watchdog,
+    weights,
+)
 from vibejax.checkpoint import Checkpoints
 from vibejax.config import SftConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -26,6 +43,7 @@ from vibejax.locations import resolve
 from vibejax.losses.nll import nll_loss
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
+from vibejax.profiling import Profile
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.rope import Rope
 from vibejax.run_folder import RunError
@@ -69,7 +87,7 @@ class Setup:
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(SftConfig, doc=__doc__)
-    with errors_in_one_line(OSError):
+    with preemption.handled(), errors_in_one_line(OSError), distributed.joined(config):
         run(config)
 
 
@@ -81,32 +99,50 @@ def run(config: SftConfig) -> Path:
     """
     began = time.perf_counter()
     run_folder.check_run(config)
+    goodput.start()
+    programs.prepare(deterministic=config.deterministic)
     setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
-    with jax.set_mesh(setup.mesh):
+    kept = config.checkpoint
+    with (
+        watchdog.watching(config.watchdog_s),
+        distributed.log_file(folder),
+        jax.set_mesh(setup.mesh),
+        contextlib.closing(
+            Checkpoints(folder / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
+        ) as checkpoints,
+    ):
         adamw = optimizer.make_optimizer(config.optimizer, setup.steps)
         schedule = optimizer.make_schedule(config.optimizer, setup.steps)
         loss_fn = make_loss(setup.model, config)
         step_of = train.make_train_step(
             loss_fn, adamw, schedule, setup.model, setup.mesh, ("loss",)
         )
-        score = jax.jit(lambda params, rows: _logprobs(params, rows, setup.model, config))
-        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+        score = jax.jit(
+            lambda params, rows: _logprobs(params, rows, setup.model, config),
+            out_shardings=sharding.replicated(setup.mesh),
+        )
         state = train.init_state(_params(setup), adamw)
         if config.resume:
             state = checkpoints.restore_latest(state)
         done = int(state.step)
         metrics = Metrics(folder, done, COLUMNS)
+        profile = Profile(folder / "profile", config.profile.steps)
+        distributed.announce(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
         if done == 0 and setup.heldout:
             metrics.write(0, heldout_loss(setup, state.params, score))
         for step in range(done + 1, setup.steps + 1):
             start = time.perf_counter()
+            profile.begin(step)
             batch = step_documents(setup, step)
-            sums, _ = train.sum_documents(step_of, state.params, batch, config.train, setup.mesh)
-            state, values = step_of.apply(state, sums)
+            with goodput.phase("train"):
+                sums, _ = train.sum_documents(
+                    step_of, state.params, batch, config.train, setup.mesh
+                )
+                state, values = step_of.apply(state, sums)
+                values = jax.device_get(values)  # waits for the devices
             if not values["optimizer/finite"]:
                 checkpoints.save(step - 1, state)
-                checkpoints.close()
                 raise RunError(
                     f"step {step}: the loss or the gradient is not finite; the state after step "
                     f"{step - 1} is saved in {folder / 'checkpoints'}"
@@ -117,15 +153,16 @@ def run(config: SftConfig) -> Path:
             last = step == setup.steps
             if setup.heldout and (last or (config.eval.every and step % config.eval.every == 0)):
                 row |= heldout_loss(setup, state.params, score)
-            metrics.write(step, row)
+            metrics.write(step, row | goodput.shares())
             if config.export_every and step % config.export_every == 0:
                 _export(setup, state, folder / "exports" / f"step-{step:06d}")
             if last or step % config.checkpoint.every == 0:
+                metrics.log.sync()
                 checkpoints.save(step, state)
-        metrics.close()
-        checkpoints.close()
+        for file in (metrics, checkpoints, profile):
+            file.close()
         _export(setup, state, folder / "final")
-    _print_summary(metrics.log.rows, time.perf_counter() - began)
+    _announce_summary(metrics.log.rows, time.perf_counter() - began)
     return folder
 
 
@@ -154,7 +191,9 @@ def set_up(config: SftConfig) -> Setup:
     new_ends = sorted(read.ends - {*tokens.eos_ids})
     if new_ends:
         names = ", ".join(repr(tokens.backend.id_to_token(i)) for i in new_ends)
-        print(f"the trained policy stops at {names} too: the documents' turns end with it")
+        distributed.announce(
+            f"the trained policy stops at {names} too: the documents' turns end with it"
+        )
     return Setup(
         config=config,
         source=source,
@@ -207,7 +246,7 @@ def _read(config: SftConfig, name: str, tokens: Tokenizer, model: ModelConfig) -
             f"; longer than {limited_by} = {limits[limited_by]}: {read.dropped} left out, "
             f"{read.truncated} cut"
         )
-    print(line)
+    distributed.announce(line)
     return read
 
 
@@ -284,12 +323,14 @@ def _export(setup: Setup, state: TrainState, folder: Path) -> None:
     )
 
 
-def _print_summary(rows: list[dict[str, Any]], seconds: float) -> None:
+def _announce_summary(rows: list[dict[str, Any]], seconds: float) -> None:
     fills = [row["sft/fill"] for row in rows if "sft/fill" in row]
     losses = [row["heldout/loss"] for row in rows if "heldout/loss" in row]
-    print(f"{len(fills)} steps in {seconds:.0f} s, rows filled to {np.mean(fills):.3f}")
+    distributed.announce(
+        f"{len(fills)} steps in {seconds:.0f} s, rows filled to {np.mean(fills):.3f}"
+    )
     if losses:
-        print(f"held-out loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
+        distributed.announce(f"held-out loss: {losses[0]:.4f} -> {losses[-1]:.4f}")
 
 
 if __name__ == "__main__":

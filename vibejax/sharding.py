@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,12 +35,16 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all of `MESH_AXES`; an axis that `sizes` leaves out has size 1.
 
+    Of several TPU slices, `data` alone lies across them: the others move too much for the network
+    between slices.
+
     Args:
         sizes: devices on each axis.
-        devices: those to use; None takes the process's.
+        devices: those to use; None takes those of all processes.
 
     Raises:
-        ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
+        ValueError: an axis is unknown, the sizes do not multiply to the number of devices, or
+            `data` does not divide over the slices.
     """
     unknown = sizes.keys() - set(MESH_AXES)
     if unknown:
@@ -49,7 +55,25 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
         wanted = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
         raise ValueError(f"mesh {wanted} needs {math.prod(shape)} devices, found {len(devices)}")
     auto = (AxisType.Auto,) * len(MESH_AXES)  # jit chooses the layout between our constraints
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    return Mesh(_over_slices(shape, slices, devices), MESH_AXES, axis_types=auto)
+
+
+def _over_slices(shape: tuple[int, ...], slices: int, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of several slices (of GPUs: hosts), in the shape of a mesh."""
+    if devices[0].platform != "tpu":  # ordered by host, so that the last axes stay inside one
+        return np.asarray(devices).reshape(shape)
+    data, *inside = shape
+    if data % slices:
+        raise ValueError(
+            f"axis data = {data} must be a multiple of the {slices} slices: it alone lies across "
+            "them"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inside), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def spec(*axes: str | None) -> P:
@@ -102,6 +126,11 @@ def context_chunk(row_tokens: int, shards: int) -> int:
             f"multiple of {CONTEXT_CHUNK}, or less"
         )
     return chunk
+
+
+def one_each(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first axis has an entry for each device."""
+    return NamedSharding(mesh, P(MESH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

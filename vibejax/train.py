@@ -8,7 +8,7 @@ Shape suffixes: B rows of a micro-batch, T tokens of a row.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from vibejax import packing, qwen2, sharding
+from vibejax import packing, progress, qwen2, sharding
 from vibejax.attention import Implementation
 from vibejax.config import TrainConfig
 from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
@@ -25,6 +25,7 @@ from vibejax.packing import Document
 from vibejax.qwen2 import ModelConfig, Params
 
 Batch = dict[str, jax.Array]
+Place = Callable[[dict[str, np.ndarray], Mesh], Batch]  # rows from the hosts, laid out
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, Batch], tuple[jax.Array, tuple[Metrics, jax.Array]]]
 
@@ -51,7 +52,8 @@ class TrainStep(NamedTuple):
 
     Attributes:
         zeros: () -> Sums of nothing.
-        accumulate: (params, sums, batch) -> (sums, logprob_BT); sums are donated.
+        accumulate: (params, sums, batch) -> (sums, logprob_BT); sums are donated, and every
+            process can read the log-probs.
         apply: (state, sums) -> (state, metrics); the state is donated. A loss or gradient that is
             not finite leaves the state as it was and says so in `optimizer/finite`.
     """
@@ -93,6 +95,7 @@ def make_train_step(
         )
         return jax.tree.map(jnp.add, sums, Sums(grads, loss, metrics)), logprob_BT
 
+    @jax.named_scope("optimizer")
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         norm = optax.tree.norm(sums.grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
@@ -105,10 +108,11 @@ def make_train_step(
             "optimizer/learning_rate": jnp.asarray(schedule(state.step - 1), jnp.float32),
         }
 
-    rows = sharding.sharding(mesh, (mesh.size, mesh.size), "batch", "length")
     return TrainStep(
         zeros=jax.jit(zeros, out_shardings=sums_shardings),
-        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=(sums_shardings, rows)),
+        accumulate=jax.jit(
+            accumulate, donate_argnums=1, out_shardings=(sums_shardings, everywhere)
+        ),
         apply=jax.jit(apply, donate_argnums=0),
     )
 
@@ -173,15 +177,44 @@ def row_logprobs(
     )
 
 
+def place(rows: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Rows [B, T] that every process holds, laid out over the mesh.
+
+    Raises:
+        ValueError: B or T does not divide over the mesh; the message names the axis.
+    """
+    return {
+        name: jax.make_array_from_callback(
+            x_BT.shape, sharding.sharding(mesh, x_BT.shape, "batch", "length"), x_BT.__getitem__
+        )
+        for name, x_BT in rows.items()
+    }
+
+
 def sum_documents(
-    step: TrainStep, params: Params, documents: Sequence[Document], config: TrainConfig, mesh: Mesh
+    step: TrainStep,
+    params: Params,
+    documents: Sequence[Document],
+    config: TrainConfig,
+    mesh: Mesh,
+    place: Place = place,
 ) -> tuple[Sums, list[np.ndarray]]:
-    """Gradients, loss and metrics of all documents, and each one's log-probs (see `unpack`)."""
+    """Gradients, loss and metrics of all documents, and each one's log-probs (see `unpack`).
+
+    Args:
+        step: the programs.
+        params: of the policy.
+        documents: of the same lengths and weights in every process.
+        config: rows and micro-batches.
+        mesh: the devices.
+        place: lays a micro-batch out.
+    """
     row_plan, rows = _rows(documents, config, mesh)
     sums, logprobs = step.zeros(), []
-    for part, real in packing.microbatches(rows, config.microbatch_rows):
+    for part in packing.microbatches(rows, config.microbatch_rows):
         sums, logprob_BT = step.accumulate(params, sums, place(part, mesh))
-        logprobs.append(logprob_BT[:real])
+        logprobs.append(logprob_BT)
+        progress.beat()
     if not logprobs:
         return sums, []
     return sums, _unpack(logprobs, rows, documents, row_plan)
@@ -193,19 +226,24 @@ def score_documents(
     documents: Sequence[Document],
     config: TrainConfig,
     mesh: Mesh,
+    place: Place = place,
 ) -> list[np.ndarray]:
     """Each document's log-probs under `params`, without gradients.
 
     Args:
-        score: a jitted (params, batch) -> [B, T] log-probs.
+        score: a jitted (params, batch) -> [B, T] log-probs that every process can read.
         params: of the model to score with.
-        documents: tokens of weight 0 get 0.
+        documents: tokens of weight 0 get 0; otherwise as for `sum_documents`.
         config: rows and micro-batches.
         mesh: the devices.
+        place: lays a micro-batch out.
     """
     row_plan, rows = _rows(documents, config, mesh)
     parts = packing.microbatches(rows, config.microbatch_rows)
-    logprobs = [score(params, place(part, mesh))[:real] for part, real in parts]
+    logprobs = []
+    for part in parts:
+        logprobs.append(score(params, place(part, mesh)))
+        progress.beat()
     return _unpack(logprobs, rows, documents, row_plan)
 
 
@@ -218,19 +256,7 @@ def _rows(documents: Sequence[Document], config: TrainConfig, mesh: Mesh):
 
 
 def _unpack(logprobs, rows, documents, row_plan) -> list[np.ndarray]:
-    value_BT = np.concatenate(jax.device_get(logprobs))
+    value_BT = np.concatenate(jax.device_get(logprobs))[: len(row_plan)]
     if "place" in rows:
         value_BT = packing.gather(value_BT, rows["place"])
     return packing.unpack(value_BT, documents, row_plan)
-
-
-def place(rows: dict[str, Any], mesh: Mesh) -> Batch:
-    """Rows [B, T] from the host, laid out over the mesh.
-
-    Raises:
-        ValueError: B or T does not divide over the mesh; the message names the axis.
-    """
-    return {
-        name: jax.device_put(x_BT, sharding.sharding(mesh, x_BT.shape, "batch", "length"))
-        for name, x_BT in rows.items()
-    }

@@ -22,11 +22,13 @@ import compile_cuda
 import tpu_schedule
 from tpu_schedule import CHIPS, Piece
 
+from vibejax.planning import tiles_run
+from vibejax.planning.tiles_run import PACKED
+
 HEADS, KV_HEADS, HEAD_DIM = 16, 2, 128
 GROUP = HEADS // KV_HEADS
 TOKENS, PEER_TOKENS = 65_536, 16_384
 LENGTHS = (4_096, 65_536, 262_144)  # that are compiled
-PACKED = (17421, 1203, 8850, 402, 5117, 12044, 2961, 6710, 731, 7399, 2698)
 PEER_BLOCKS = ((1024, 1024, 512), (2048, 1024, 512), (2048, 2048, 512), (1024, 1024, 1024))
 PROBE = 1_024  # rows and columns of the matmul that says how far the model is off
 
@@ -145,7 +147,7 @@ def ours_cycles(kernels: dict[str, list[Piece]], chip: str, lengths: tuple[int, 
 
 def _ours(kernels, name, tile, lengths, chip) -> dict:
     (found,) = (pieces for kernel, pieces in kernels.items() if f"attention_{name}" in kernel)
-    run, full, query_tiles = tile_counts(name, tile, lengths)
+    ((run, full, query_tiles),) = tiles_run.counts(tile, lengths, 1, name)
     hot = [piece for piece in found if piece.matrix_cycles]
     quick, masked = sorted(hot, key=lambda piece: piece.operations.get("vcmp", 0))
     pairs = tile.query * tile.key * GROUP
@@ -185,36 +187,10 @@ def _around(found: list[Piece], steps: int, edges: int) -> float:
     return total
 
 
-def tile_counts(name: str, tile, lengths: tuple[int, ...]) -> tuple[int, int, int]:
-    """How many tiles run, how many of them without a mask, and of how many query tiles."""
-    import numpy as np
-
-    first, end, first_full, end_full = ranges(tile, lengths)
-    run, full = np.maximum(end - first, 0), np.maximum(end_full - first_full, 0)
-    if name == "forward":  # the last tile has no reference yet
-        full = full - ((full > 0) & (end_full == end))
-    return int(run.sum()), int(full.sum()), len(first)
-
-
 def area(tile, lengths: tuple[int, ...]) -> int:
     """Query and key pairs in the tiles that run."""
-    first, end, *_ = ranges(tile, lengths)
-    return int((end - first).sum()) * tile.query * tile.key
-
-
-def ranges(tile, lengths: tuple[int, ...]):
-    """What the kernel reads: first and end of the key tiles, needed and full, a query tile each."""
-    import jax
-    import numpy as np
-
-    from vibejax.kernels import spans
-
-    with jax.default_device(jax.devices("cpu")[0]):
-        position = np.concatenate([np.arange(n) for n in lengths])
-        segment = np.repeat(np.arange(len(lengths)) + 1, lengths)
-        first, last = spans.spans(position, segment, position, segment)
-        needed, full = (f(first, last, *tile) for f in (spans.tile_ranges, spans.full_ranges))
-        return tuple(np.asarray(x) for x in (*needed, *full))
+    (found,) = tiles_run.counts(tile, lengths, 1, "forward")
+    return found.run * tile.query * tile.key
 
 
 def peer_cycles(kernels: dict[str, list[Piece]], blocks: tuple[int, int, int]) -> dict[str, float]:

@@ -27,7 +27,6 @@ HEADS, KV_HEADS, HEAD_DIM = 16, 2, 128
 TARGETS = {"h100": "sm_90a", "a100": "sm_80"}
 CAPABILITIES = {"h100": 9, "a100": 8}  # major ones, which choose the tiles
 LENGTHS = (4_096, 65_536, 262_144)
-DATA = Path(__file__).parents[1] / "data"
 LIMIT_S = 300
 PALLAS_KERNEL = r"\.entry \w*(attention|mha)"  # the rest of a program is XLA's own
 
@@ -88,13 +87,12 @@ def kernel_report(target: str, fn, args: tuple) -> dict:
 
 def _compile(target: str, folder: str) -> dict:
     import jax
-    from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
+    from vibejax.planning import slices
+
     fn, shapes = pickle.loads((Path(folder) / "work.pickle").read_bytes())
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=(DATA / f"{target}.txtpb").read_text()
-    )
+    topology = slices.find(f"{target}-1").topology()
     sharding = SingleDeviceSharding(topology.devices[0])
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
     compiled = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).compile()

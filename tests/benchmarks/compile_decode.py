@@ -21,7 +21,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from tpu_schedule import ENVIRONMENT
 
@@ -102,6 +101,7 @@ def temporaries(side: str, chip: str, dtype: str, T: int, group: int, s: int) ->
     from jax.sharding import SingleDeviceSharding
 
     from vibejax.kernels import pages as pages_
+    from vibejax.planning import slices
 
     if chip in TPUS:
         from vibejax.kernels import decode_attention_tpu as kernel
@@ -110,10 +110,7 @@ def temporaries(side: str, chip: str, dtype: str, T: int, group: int, s: int) ->
     else:
         from vibejax.kernels import decode_attention_gpu as kernel
 
-        target = Path(__file__).parents[1].joinpath("data", f"{chip}.txtpb").read_text()
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology="1x1x1", target_config=target
-        )
+        topology = slices.find(f"{chip}-1").topology()
     place = SingleDeviceSharding(topology.devices[0])
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
     B, gib = (256, TPUS[chip]) if chip in TPUS else (32, GPUS[chip])

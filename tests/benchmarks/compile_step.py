@@ -19,21 +19,24 @@ import json
 import sys
 
 import tpu_schedule
-from compile_cuda import DATA
 
-CASES = {  # platform, topology, devices, GiB of a device, GiB of the plain step
-    "v5e x8": ("tpu", "v5e:2x4", 8, 15.75, 10.8),
-    "v6e x4": ("tpu", "v6e:2x2", 4, 31.25, 21.9),
-    "v5p x1": ("tpu", "v5p:2x2x1", 1, 95.74, 85.7),
-    "h100 x8": ("cuda", "1x1x8", 8, 79.6, None),
+CASES = {  # slice, of which so many devices, GiB of the plain step
+    "v5e x8": ("v5e-8", 8, 10.8),
+    "v6e x4": ("v6e-4", 4, 21.9),
+    "v5p x1": ("v5p-8", 1, 85.7),
+    "h100 x8": ("h100-8", 8, None),
 }
 TOKENS = 65_536
 PARAMETERS = 3_085_938_688
+GIB = 2**30
 
 
 def main() -> None:
+    from vibejax.planning import slices
+
     for case in sys.argv[1:] or CASES:
-        *_, devices, room, plain = CASES[case]
+        where, devices, plain = CASES[case]
+        room = slices.find(where).chip.memory_bytes / GIB
         for remat in ("full", "attention"):
             line = tpu_schedule.in_a_process(__file__, "--side", case, remat)
             programs = json.loads(line)
@@ -60,66 +63,26 @@ def main() -> None:
 
 def compile_case(case: str, remat: str) -> dict[str, dict[str, float]]:
     """Compiles both programs in this process."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-
-    from vibejax import qwen2, rl, sharding, train
+    from vibejax import qwen2, sharding
     from vibejax.config import RlConfig
-    from vibejax.optimizer import make_optimizer, make_schedule
+    from vibejax.planning import programs, slices
     from vibejax.rope import Rope
 
-    platform, name, count, *_ = CASES[case]
-    if platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    else:
-        target = (DATA / "h100.txtpb").read_text()
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology=name, target_config=target
-        )
-    mesh = sharding.make_mesh({"context": count}, topology.devices[:count])
-    model = qwen2.ModelConfig(
-        rope=Rope(theta=1e6), layers=36, width=2_048, heads=16, kv_heads=2, head_dim=128,
-        mlp=11_008, vocab=151_936, context=32_768, tied=True,
-    )  # fmt: skip
+    name, count, _ = CASES[case]
+    where = slices.find(name)
+    mesh = sharding.make_mesh({"context": count}, where.topology().devices[:count])
     config = RlConfig(
         policy="-", prompts="-", train={"row_tokens": TOKENS, "dtype": "bfloat16", "remat": remat}
     )
-    adamw = make_optimizer(config.optimizer, config.steps)
-    loss = functools.partial(rl.policy_loss, model=model, config=config)
-    shardings = qwen2.param_shardings(model, mesh)
-    params = qwen2.map_table(
-        lambda info, s: jax.ShapeDtypeStruct(info.shape, jnp.float32, sharding=s), model, shardings
-    )
-    state = train.abstract_state(params, adamw)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    sums = train.Sums(params, scalar, dict.fromkeys(rl.SUMS, scalar))
-    rows = sharding.sharding(mesh, (1, TOKENS), "batch", "length")
-    order = ("place",) if count > 1 else ()
-    floats = ("weight", "advantage", "sampler_logprob")
-    batch = {
-        channel: jax.ShapeDtypeStruct(
-            (1, TOKENS), jnp.float32 if channel in floats else jnp.int32, sharding=rows
-        )
-        for channel in ("token", "target", "position", "segment", *floats, *order)
+    found = programs.trainer(config, qwen2.ModelConfig(rope=Rope(theta=1e6)), mesh)
+    platform = (where.chip.platform,)
+    return {
+        name: _memory(found[name]().lower(lowering_platforms=platform).compile().memory_analysis())
+        for name in ("accumulate", "apply")
     }
-    schedule = make_schedule(config.optimizer, config.steps)
-    with jax.set_mesh(mesh):
-        step = train.make_train_step(loss, adamw, schedule, model, mesh, rl.SUMS)
-        programs = {
-            "accumulate": step.accumulate.trace(params, sums, batch),
-            "apply": step.apply.trace(state, sums),
-        }
-        return {
-            name: _memory(traced.lower(lowering_platforms=(platform,)).compile().memory_analysis())
-            for name, traced in programs.items()
-        }
 
 
 def _memory(analysis) -> dict[str, float]:
-    gib = 2**30
     peak = (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes
@@ -127,9 +90,9 @@ def _memory(analysis) -> dict[str, float]:
         - analysis.alias_size_in_bytes
     )
     return {
-        "peak_gib": round(peak / gib, 2),
-        "temporaries_gib": round(analysis.temp_size_in_bytes / gib, 2),
-        "arguments_gib": round(analysis.argument_size_in_bytes / gib, 2),
+        "peak_gib": round(peak / GIB, 2),
+        "temporaries_gib": round(analysis.temp_size_in_bytes / GIB, 2),
+        "arguments_gib": round(analysis.argument_size_in_bytes / GIB, 2),
     }
 
 

@@ -7,7 +7,7 @@ that `memory_plan` finds room for. Compiles through libtpu and the CUDA plugin (
 needs no chip and runs nothing on one.
 
 ours: MiB that one decode step moves to and from a device's memory: operands and results over the
-    compiled loop body (hlo_bytes.py), our attention kernel by the copies it makes.
+    compiled loop body (vibejax/planning/hlo.py), our attention kernel by the copies it makes.
 peer: what has to be moved: the weights once, and the keys and values of the live tokens, which
     fill the pool.
 """
@@ -16,16 +16,15 @@ import json
 import sys
 
 import tpu_schedule
-from compile_cuda import DATA
 
 GIB = 2**30
-CASES = {  # platform, topology, devices, those that share heads, slots, GiB of a device
-    "v5e x4": ("tpu", "v5e:2x2", 4, 2, 64, 15.75),
-    "v6e x4": ("tpu", "v6e:2x2", 4, 1, 128, 31.25),
-    "v5p x4": ("tpu", "v5p:2x2x1", 4, 1, 256, 95.74),
-    "h100 x1": ("cuda", "1x1x1", 1, 1, 64, 79.6),
+CASES = {  # slice, of which so many devices, those that share heads, slots
+    "v5e x4": ("v5e-4", 4, 2, 64),
+    "v6e x4": ("v6e-4", 4, 1, 128),
+    "v5p x4": ("v5p-8", 4, 1, 256),
+    "h100 x1": ("h100-1", 1, 1, 64),
 }
-CONTEXT, PAGE_TOKENS, STEPS = 65_536, 64, 16
+CONTEXT = 65_536
 
 
 def main() -> None:
@@ -36,78 +35,30 @@ def main() -> None:
 
 def compile_case(case: str) -> dict:
     """Compiles the window in this process."""
-    import hlo_bytes
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-
-    from vibejax import attention, batching, decode, memory_plan, qwen2, sharding
-    from vibejax.engine import engine_mesh
-    from vibejax.kernels import decode_attention_tpu, pages
+    from vibejax import decode, qwen2, sharding
+    from vibejax.completions import EngineConfig
+    from vibejax.engine import Engine
+    from vibejax.planning import hlo, programs, projection, slices
     from vibejax.rope import Rope
 
-    platform, name, count, tensor, slots, room = CASES[case]
-    if platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    else:
-        target = (DATA / "h100.txtpb").read_text()
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology=name, target_config=target
-        )
+    name, count, tensor, slots = CASES[case]
+    where = slices.find(name)
+    room = where.chip.memory_bytes
     model = qwen2.ModelConfig(rope=Rope(theta=1e6), context=CONTEXT)
-    mesh = engine_mesh(model, tensor, topology.devices[:count])
-    parts = sharding.ways(mesh, "batch")
-    rows = slots // parts
-    plan = memory_plan.plan(
-        model, rows=rows, context=CONTEXT, page_tokens=PAGE_TOKENS, pool_tokens=0,
-        chunk_tokens=512, kv_dtype=jnp.bfloat16, dtype=jnp.bfloat16, tensor=tensor, copied=False,
-        weight_bytes=memory_plan.weight_bytes(model, jnp.bfloat16, tensor),
-        limit_bytes=int(0.9 * room * GIB),
-    )  # fmt: skip
-
-    def array(dtype, shape, *axes):
-        place = sharding.sharding(mesh, shape, *(axes or ("batch", *(None,) * (len(shape) - 1))))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    params = qwen2.sampler_shapes(model, jnp.bfloat16, mesh)
-    pool = jax.eval_shape(
-        lambda: pages.empty(
-            parts * plan.pages, model.kv_heads, PAGE_TOKENS, model.head_dim, jnp.bfloat16
-        )
-    )
-    pool = jax.tree.map(lambda x: array(x.dtype, x.shape, "batch", "kv_heads", None, None), pool)
-    entries, group = CONTEXT // PAGE_TOKENS, batching.group_of(rows)
-    of_rows = lambda dtype: array(dtype, (slots,))  # noqa: E731
-    window_rows = decode.Rows(
-        *[of_rows(jnp.int32)] * 4, *[of_rows(jnp.uint32)] * 2,
-        array(jnp.int32, (slots, entries)), array(jnp.int32, (slots // group,)), of_rows(bool),
-    )  # fmt: skip
-    scalar = jax.ShapeDtypeStruct((), jnp.uint32, sharding=sharding.replicated(mesh))
-    with jax.set_mesh(mesh):
-        assert attention.has_kernels()
-        traced = decode.window.trace(
-            params, [pool] * model.layers, None, window_rows, scalar, scalar, config=model,
-            how=decode.Sampling(eos_ids=(151_643,)), steps=STEPS, group=group,
-            implementation="auto",
-        )  # fmt: skip
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    memory = compiled.memory_analysis()
-    live = plan.pages * PAGE_TOKENS
+    config = EngineConfig(model=model, slots=slots, tensor=tensor, memory_bytes=int(0.9 * room))
+    shapes = qwen2.sampler_shapes(model, "bfloat16")
+    engine = Engine(shapes, config, where.topology().devices[:count])
+    traced = programs.sampler(engine, decode.Sampling(eos_ids=(151_643,)))["window"]()
+    compiled = traced.lower(lowering_platforms=(where.chip.platform,)).compile()
+    memory, plan = compiled.memory_analysis(), engine.memory
+    parts = sharding.ways(engine.mesh, "batch")
+    live = plan.pages * config.page_tokens
+    computations = hlo.parse(compiled.as_text())
+    body = hlo.loop_bodies(computations)[0]
+    other, kernels, largest = hlo.moved(computations, body, hlo.KERNEL)
     # The kernel of one device: its own heads and rows, each with an equal share of the pool.
-    heads = model.heads // tensor
-    q = jax.ShapeDtypeStruct((rows, 1, heads, model.head_dim), jnp.bfloat16)
-    part = jax.eval_shape(
-        lambda: pages.empty(
-            plan.pages, model.kv_heads // tensor, PAGE_TOKENS, model.head_dim, jnp.bfloat16
-        )
-    )
-    table = jax.ShapeDtypeStruct((rows, entries), jnp.int32)
-    kernel = decode_attention_tpu.bytes_copied(q, part, table, jnp.full(rows, live // rows))
-    computations = hlo_bytes.parse(compiled.as_text())
-    body = hlo_bytes.loop_bodies(computations)[0]
-    other, kernels, largest = hlo_bytes.moved(computations, body, KERNEL)
+    step = other + projection.kernel_bytes(config, plan, slots // parts, live)
     needed = plan.weight_bytes + plan.pages * plan.page_bytes
-    step = other + model.layers * kernel
     pool_bytes = plan.pages * plan.page_bytes
     return {
         "ours": round(step / 2**20),
@@ -131,13 +82,11 @@ def compile_case(case: str) -> dict:
             / GIB,
             2,
         ),
-        "room_gib": room,
+        "room_gib": round(room / GIB, 2),
         "kernels_in_the_step": kernels,
         "largest_mib": {name: round(x / 2**20, 1) for name, x in largest.items()},
     }
 
-
-KERNEL = r"tpu_custom_call|__gpu\$xla|triton"
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--side"]:

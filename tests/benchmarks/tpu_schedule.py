@@ -15,14 +15,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from vibejax.planning import slices
+from vibejax.planning.compiling import ENVIRONMENT
+
 LIMIT_S = 400
-ENVIRONMENT = {  # the compiler alone: no device is looked for
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
 DUMP = (
     "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
 )
@@ -44,12 +40,17 @@ class Chip(NamedTuple):
     bandwidth: float
 
 
+def _chip(kind: str, topology: str, rows_a_cycle: int) -> Chip:
+    whole = slices.CHIPS[kind]
+    return Chip(topology, rows_a_cycle, whole.clock, whole.bandwidth / whole.cores)
+
+
 CHIPS = {
-    "v4": Chip("v4:2x2x1", 1, 1.05e9, 614e9),
-    "v5e": Chip("v5e:2x2", 1, 1.5e9, 819e9),
-    "v5p": Chip("v5p:2x2x1", 1, 1.75e9, 1382e9),
-    "v6e": Chip("v6e:2x2", 2, 1.75e9, 1640e9),
-    "tpu7x": Chip("tpu7x:2x2x1", 2, 2.2e9, 3690e9),
+    "v4": _chip("v4", "v4:2x2x1", 1),
+    "v5e": _chip("v5e", "v5e:2x2", 1),
+    "v5p": _chip("v5p", "v5p:2x2x1", 1),
+    "v6e": _chip("v6e", "v6e:2x2", 2),
+    "tpu7x": _chip("tpu7x", "tpu7x:2x2x1", 2),
 }
 
 

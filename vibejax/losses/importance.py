@@ -10,6 +10,7 @@ Source: VibeThinker-3B report, section 2.2.1; token-level truncated importance s
 al. 2025; sequence-level forms and masking, Fang & Khazi 2025.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -27,6 +28,7 @@ Correction = Literal[
 LOG_RATIO_BOUND = 20.0  # a sequence's summed log-ratio is clamped to it
 
 
+@jax.named_scope("importance")
 def weights(
     logprob_BT: jax.Array,
     sampler_logprob_BT: jax.Array,
@@ -101,6 +103,18 @@ def agreement(logprob_T: np.ndarray, sampler_logprob_T: np.ndarray, *, cap: floa
         "agreement/outside_1pct": float(np.mean((ratio_T < 0.99) | (ratio_T > 1.01))),
         "agreement/outside_10pct": float(np.mean((ratio_T < 0.9) | (ratio_T > 1.1))),
         "agreement/truncated_ratio": float(np.mean(ratio_T > cap)),
+    }
+
+
+def combined_agreement(parts: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The agreement of tokens of which (how many, their agreement) are the parts; {} of none."""
+    parts = [(count, metrics) for count, metrics in parts if count]
+    total = sum(count for count, _ in parts)
+    return {
+        name: max(metrics[name] for _, metrics in parts)
+        if name == "agreement/max_abs_dlogp"
+        else sum(count / total * metrics[name] for count, metrics in parts)
+        for name in (parts[0][1] if parts else ())
     }
 
 

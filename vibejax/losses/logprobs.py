@@ -43,6 +43,7 @@ class _Settings(NamedTuple):
     chunk_tokens: int
 
 
+@jax.named_scope("token_logprobs")
 def token_logprobs(
     x_BTE: jax.Array,
     head_VE: jax.Array,

@@ -80,6 +80,7 @@ def token_weights(length_B: np.ndarray, aggregation: Aggregation, *, constant: i
     return np.full(len(length_B), 1.0 / total, np.float32)
 
 
+@jax.named_scope("policy_loss")
 def policy_loss(
     logprob_BT: jax.Array,
     old_logprob_BT: jax.Array,
@@ -117,6 +118,7 @@ def policy_loss(
     }
 
 
+@jax.named_scope("reference_kl")
 def reference_kl(
     logprob_BT: jax.Array, reference_logprob_BT: jax.Array, weight_BT: jax.Array
 ) -> jax.Array:

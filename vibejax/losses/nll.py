@@ -6,6 +6,7 @@ import jax.numpy as jnp
 Metrics = dict[str, jax.Array]
 
 
+@jax.named_scope("nll_loss")
 def nll_loss(logprob_BT: jax.Array, weight_BT: jax.Array) -> tuple[jax.Array, Metrics]:
     """Weighted sum of -log p over tokens; the weights, fixed on the host, say which mean it is.
 

@@ -1,0 +1,59 @@
+"""Run folders: begun, gone on with, and by one command both."""
+
+import pytest
+
+from vibejax import run_folder
+from vibejax.config import SftConfig
+from vibejax.run_folder import Log, RunError
+
+
+def configured(out, resume="auto", **more):
+    return SftConfig(policy="p", data="d", steps=1, out=str(out), resume=resume, **more)
+
+
+def test_one_command_begins_and_goes_on(tmp_path):
+    config = configured(tmp_path / "run")
+    assert not run_folder.resumes(config)
+    folder = run_folder.open_run(config, "sft")
+    assert run_folder.resumes(config)
+    written = (folder / "config.toml").read_text()
+    assert run_folder.open_run(config, "sft") == folder
+    assert (folder / "config.toml").read_text() == written
+    assert run_folder.open_run(configured(folder, resume=True), "sft") == folder
+    with pytest.raises(RunError, match="cannot resume with another configuration: seed: 0 -> 3"):
+        run_folder.open_run(configured(folder, seed=3), "sft")
+    with pytest.raises(RunError, match="exists; choose another out"):
+        run_folder.open_run(configured(folder, resume=False), "sft")
+
+
+def test_a_run_killed_before_it_began_begins(tmp_path):
+    """The folder is there, and half a configuration under another name."""
+    (tmp_path / "config.part").write_text("policy = ")
+    config = configured(tmp_path)
+    assert not run_folder.resumes(config)
+    run_folder.open_run(config, "sft")
+    assert run_folder.resumes(config) and not (tmp_path / "config.part").exists()
+
+
+def test_what_cannot_be_gone_on_with(tmp_path):
+    for resume, given in ((True, "true"), ("auto", '"auto"')):
+        with pytest.raises(RunError, match=f"resume = {given} needs out"):
+            run_folder.check_run(configured("", resume=resume))
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(RunError, match="file: is not a folder"):
+        run_folder.check_run(configured(file))
+
+
+def test_lines_are_kept_up_to_a_step(tmp_path):
+    log = Log(tmp_path / "log.jsonl", 0)
+    for step in (1, 2, 3):
+        log.write(step, {"x": step})
+    log.sync()
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "x"')
+    log = Log(tmp_path / "log.jsonl", 2)
+    assert [row["x"] for row in log.rows] == [1, 2]
+    log.close()
+    assert len(run_folder.read_log(tmp_path / "log.jsonl")) == 2
