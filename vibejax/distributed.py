@@ -332,8 +332,11 @@ def log_file(folder: Path) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    logs = (LOG, logging.getLogger())  # what libraries say too; but no line of ours on the screen
+    for log in logs:
+        log.addHandler(handler)
     LOG.setLevel(logging.INFO)
+    LOG.propagate = False
     devices = jax.local_devices()
     LOG.info(
         "process %d of %d, %d x %s", process(), count(), len(devices),
@@ -345,5 +348,6 @@ def log_file(folder: Path) -> Iterator[None]:
         LOG.error("%s: %s", type(error).__name__, error)
         raise
     finally:
-        logging.getLogger().removeHandler(handler)
+        for log in logs:
+            log.removeHandler(handler)
         handler.close()

@@ -30,7 +30,7 @@ from vibejax import config_file, digests
 from vibejax.completions import Completion
 from vibejax.config_file import Section
 from vibejax.data import Prompt
-from vibejax.run_folder import RunError
+from vibejax.run_folder import FREE, RunError
 from vibejax.verifiers import Outcome, Verdict
 
 FORMAT = 1
@@ -45,13 +45,16 @@ class Journal:
 
         Args:
             folder: of all processes' files.
-            config: the run's; where it starts and stops may differ.
+            config: the run's, but for what a resumed run may change.
             process: the number of this process.
         """
         self._folder, self._process = folder, process
-        fields = {"out", "resume"} & config.__class__.model_fields.keys()
-        same = config.model_copy(update=dict.fromkeys(fields, ""))
-        self._config = digests.of_text(config_file.dump(same))
+        same = [
+            f"{name} = {value!r}"
+            for name, value in config_file.leaves(config).items()
+            if name.partition(".")[0] not in FREE
+        ]
+        self._config = digests.of_text("\n".join(same))
 
     def open(self, done: int, draws: int, params: str) -> "Entries":
         """What there is of one rollout, and where more is added.

@@ -18,6 +18,8 @@ from vibejax.config_file import InputError, Section
 
 C = TypeVar("C", bound=Section)
 
+FREE = ("out", "resume", "profile")  # fields in which a resumed run may differ from what it was
+
 
 class RunError(InputError):
     """A run that cannot start or go on; the message says what to do."""
@@ -58,7 +60,7 @@ def _check(config: Section, changeable: Sequence[str]) -> None:
     differing = [
         line
         for line in config_file.differences(stored, config)
-        if line.partition(":")[0].partition(".")[0] not in ("resume", "out", "profile", *changeable)
+        if line.partition(":")[0].partition(".")[0] not in (*FREE, *changeable)
     ]
     if differing:
         raise RunError(
@@ -141,7 +143,8 @@ class Log:
 
     def sync(self) -> None:
         """Waits until the disk has all lines: a checkpoint must not outlive them."""
-        os.fsync(self._file.fileno())
+        if distributed.first():  # the others' lines go nowhere
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
