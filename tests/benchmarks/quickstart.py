@@ -56,10 +56,10 @@ def run_control(out: str) -> None:
             verdict = Verdict(correct=right, reward=float(right), outcome=outcome)
             self.flipped = (*self.flipped, (key, verdict))
 
-        def finished(self):
+        def finished(self, *, wait):
             flipped, self.flipped = self.flipped, ()
             yield from flipped
-            yield from super().finished()
+            yield from super().finished(wait=wait)
 
     rl.run(config, open_pool=CoinFlips)
 
