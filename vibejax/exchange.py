@@ -65,7 +65,8 @@ def joined(own: Rollout, prompts: Sequence[Prompt]) -> Rollout:
                 for *_, correct, reward, outcome in rows
             ]
         )
-    return Rollout(prompts, completions, verdicts)
+    journaled = sum(distributed.gather(own.journaled))
+    return Rollout(prompts, completions, verdicts, journaled=journaled)
 
 
 def _elsewhere(sample: int, length: int, stop) -> Completion:
