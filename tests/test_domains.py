@@ -48,15 +48,16 @@ def test_files_are_a_function_of_the_seed(files):
     assert len(files["math_heldout"]) == 512
 
 
-def test_demonstrations_are_right_except_those_of_instruct(files):
+def test_demonstrations_are_right_except_those_of_instruct_and_guesses(files):
+    shares = {"instruct": 0.5, "stem": 1 - 0.4 * 3 / 4}  # a guess is right in one of four cases
     with Pool(workers=2) as pool:
-        for domain in DOMAINS:
-            some = [r for r in files["sft"] if r["domain"] == domain][:60]
+        for kind, domain in itertools.product(("base", "sft"), DOMAINS):
+            some = [r for r in files[kind] if r["domain"] == domain][:60]
             verdicts = pool.verify([(r, r["completion"]) for r in some])
             right = sum(v.correct for v in verdicts)
             assert all(v.scored for v in verdicts)
-            if domain == "instruct":
-                assert 20 <= right <= 45  # half, and some that are right by chance
+            if domain == "instruct" or (kind, domain) == ("sft", "stem"):
+                assert abs(right / len(some) - shares[domain]) < 0.2  # three standard errors
             else:
                 assert right == len(some), [
                     (r, v) for r, v in zip(some, verdicts, strict=True) if not v.correct

@@ -13,11 +13,13 @@ question stands in two files.
 
 Demonstrations mix ways to answer: the bare answer, short and hard; the way written out, easy; and
 for sums that after the numbers in full, longer than it need be. A policy that has learnt all of
-them gives reinforcement learning something to amplify, and Long2Short something to shorten. Those
-of `instruct` follow all constraints only in some cases.
+them gives reinforcement learning something to amplify, and Long2Short something to shorten. Some
+are wrong, as in any large corpus: those of `instruct` follow all constraints only in some cases,
+and in sft.jsonl some of `stem` guess.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -32,6 +34,7 @@ COUNTS = {"base": 20_000, "sft": 6_000, "hard": 128, "train": 1_024, "probe": 64
 STYLES = {"bare": 0.6, "written": 0.4}
 MATH_STYLES = {"bare": 0.5, "written": 0.25, "in full": 0.25}
 DEMONSTRATIONS = {"base": 1, "sft": 1, "hard": 2}  # of each prompt
+STEM_GUESSED = {"sft": 0.4}  # demonstrations of `stem` that guess
 INSTRUCT_RIGHT = 0.5  # demonstrations of `instruct` that follow all constraints
 WORDS = (
     "cat dog fox owl hen bee ant elk yak emu sun sky sea ice fog hut jar key pen cup "
@@ -40,8 +43,8 @@ WORDS = (
 TENS = "AAABBCCCDD"  # letter of the range that each digit lies in
 ENDINGS = ("yes", "now", "fin", "bye", "too")
 
-Task = tuple[dict, Callable[[random.Random], str]]
-"""A prompt record, and a demonstration of it in a way that is drawn."""
+Task = tuple[dict, Callable[[random.Random, str], str]]
+"""A prompt record, and a demonstration of it, in a way that is drawn, for a file of that name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,7 +81,7 @@ def all_files(seed: int) -> dict[str, list[dict]]:
             some = itertools.islice(drawn, count)
             if kind in DEMONSTRATIONS:
                 files[kind] += [
-                    {**record, "domain": domain, "completion": demonstrate(rng)}
+                    {**record, "domain": domain, "completion": demonstrate(rng, kind)}
                     for record, demonstrate in some
                     for _ in range(DEMONSTRATIONS[kind])
                 ]
@@ -135,7 +138,16 @@ def stem_tasks(rng: random.Random) -> Iterator[Task]:
             "ground_truth": letter,
         }
         bare = f"\\boxed{{{letter}}}"
-        yield record, _in_styles({"bare": bare, "written": f"{borrows(a, b)} {tens} {bare}"})
+        forms = {"bare": bare, "written": f"{borrows(a, b)} {tens} {bare}"}
+        yield record, functools.partial(_guessed_or, _in_styles(forms))
+
+
+def _guessed_or(
+    demonstrate: Callable[[random.Random, str], str], rng: random.Random, kind: str
+) -> str:
+    if kind in STEM_GUESSED and rng.random() < STEM_GUESSED[kind]:
+        return f"\\boxed{{{rng.choice('ABCD')}}}"
+    return demonstrate(rng, kind)
 
 
 def borrows(a: int, b: int) -> str:
@@ -164,13 +176,13 @@ def instruct_tasks(rng: random.Random) -> Iterator[Task]:
         }
         yield (
             record,
-            lambda rng, count=count, keywords=keywords, ending=ending: _text(
-                rng, count, keywords, ending
-            ),
+            functools.partial(_text, count, keywords, ending),
         )
 
 
-def _text(rng: random.Random, count: int, keywords: tuple[str, str], ending: str) -> str:
+def _text(
+    count: int, keywords: tuple[str, str], ending: str, rng: random.Random, _kind: str
+) -> str:
     """A demonstration, which in some cases breaks one or two of the constraints."""
     if rng.random() > INSTRUCT_RIGHT:
         count = max(3, count + rng.choice([-2, -1, 0, 1, 2]))
@@ -182,10 +194,10 @@ def _text(rng: random.Random, count: int, keywords: tuple[str, str], ending: str
 
 def _in_styles(
     forms: Mapping[str, str], styles: Mapping[str, float] = STYLES
-) -> Callable[[random.Random], str]:
+) -> Callable[[random.Random, str], str]:
     """Demonstrations in one of several forms, by their shares."""
 
-    def demonstrate(rng: random.Random) -> str:
+    def demonstrate(rng: random.Random, _kind: str) -> str:
         (style,) = rng.choices([*styles], styles.values())
         return forms[style]
 
