@@ -1,12 +1,14 @@
-"""Kills at random moments of a 30-step run: `python tests/benchmarks/chaos.py [--kills 20]`.
+"""Kills at random moments of a run: `python tests/benchmarks/chaos.py [--processes 2]`.
 
 The tiny policy of the tests, with refills, two updates a step, held-out evaluations and a
-checkpoint every third step, in a process that is killed by SIGKILL or asked to end by SIGTERM and
-started again by the same command, until all kills are spent and the run is complete. Then its
-parameters and optimizer state, its final model and its metrics (but for time/*) must be, bit for
-bit, those of a run that was left alone, with no step lost or doubled; SIGTERM must have ended it
-with 143 within 25 s; completions must have been taken from the journal. Prints one row; exits with
-1 where one of these is not so.
+checkpoint every third of 30 steps. One of its processes, or all, are killed by SIGKILL, or one is
+asked to end by SIGTERM; of several one is frozen by SIGSTOP, too. All then have to end by
+themselves, within 25 s of SIGTERM and else within a minute of `watchdog_s`, and are started again
+by the same command, until all kills are spent and the run is complete. Then its parameters and
+optimizer state, its final model and its metrics (but for time/*) must be, bit for bit, those of a
+run that was left alone, with no step lost or doubled; SIGTERM must have ended every process with
+143; completions must have been taken from the journal. Prints one row; exits with 1 where one of
+these is not so.
 
 Verifiers have all the time that they could need: a kill must not turn into a time-out.
 """
@@ -28,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import processes
 import tiny
 
 from vibejax import weights
@@ -35,13 +38,16 @@ from vibejax.checkpoint import Checkpoints
 from vibejax.metrics import VARYING
 from vibejax.run_folder import read_log
 
-STEPS, GRACE_S = 30, 25
+STEPS, GRACE_S, WATCHDOG_S = 30, 25, 30
 TOML = """
 policy = "{folder}/policy"
 prompts = "{folder}/task.jsonl"
 heldout = "{folder}/task.jsonl"
 resume = "auto"
 steps = 30
+watchdog_s = 30
+[mesh]
+fsdp = {processes}
 [rollout]
 prompts_per_step = 6
 group_size = 8
@@ -75,7 +81,9 @@ RECORDS = [
 ]
 
 
-def start(folder: Path, out: Path) -> subprocess.Popen:
+def start(folder: Path, out: Path, count: int) -> list[subprocess.Popen]:
+    """The run's processes, whose compiled programs and log lie in `folder`."""
+    found = {"VIBEJAX_COORDINATOR": processes.free_address(), "VIBEJAX_PROCESSES": str(count)}
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
@@ -83,42 +91,66 @@ def start(folder: Path, out: Path) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "vibejax.rl", str(folder / "rl.toml"), "--set", f"out={out}"]
     with (folder / "log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        return [
+            subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment | (found | {"VIBEJAX_PROCESS": str(i)} if count > 1 else {}),
+            )
+            for i in range(count)
+        ]
 
 
-def run_in_chaos(folder: Path, out: Path, kills: int, whole_s: float, draw: random.Random):
-    """Runs, kills and starts again; how the process ended, and how long SIGTERM took."""
+def run_in_chaos(
+    folder: Path, out: Path, count: int, attacks: list[str], whole_s: float, draw: random.Random
+) -> tuple[collections.Counter, collections.Counter]:
+    """Runs, attacks and starts again.
+
+    Returns:
+        how often an attack ended the processes with which codes, and the longest seconds from an
+        attack of each kind to the end of the last process.
+    """
     ends: collections.Counter = collections.Counter()
-    slowest_s = 0.0
+    slowest_s: collections.Counter = collections.Counter()
     while True:
-        process, began = start(folder, out), time.monotonic()
-        if kills:
+        run = start(folder, out, count)
+        if attacks:
             # Most of a life is its start; the rest of the run is spread over the kills.
             deadline = time.monotonic() + draw.uniform(0.2, 1.0) * whole_s
-            progress = rows(out)
-            wanted = progress + draw.randrange(1 + 2 * STEPS // 20)
-            while process.poll() is None and time.monotonic() < deadline and rows(out) <= wanted:
+            wanted = rows(out) + draw.randrange(1 + 2 * STEPS // 20)
+            while alive(run) and time.monotonic() < deadline and rows(out) <= wanted:
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.3))
-        if kills and process.poll() is None:
-            kills -= 1
-            how = draw.choice((signal.SIGKILL, signal.SIGTERM))
-            process.send_signal(how)
-            asked = time.monotonic()
-            code = process.wait()
-            if how == signal.SIGTERM:
-                slowest_s = max(slowest_s, time.monotonic() - asked)
-            ends[f"{how.name}: {code}"] += 1
+        if attacks and len(alive(run)) == count:
+            attack = attacks.pop()
+            began = time.monotonic()
+            for process in run if attack == "SIGKILL of all" else [draw.choice(run)]:
+                process.send_signal(getattr(signal, attack.split()[0]))
+            limit = began + (GRACE_S if attack == "SIGTERM of one" else WATCHDOG_S + 60)
+            frozen = attack == "SIGSTOP of one"
+            while len(alive(run)) > frozen and time.monotonic() < limit:
+                time.sleep(0.01)
+            slowest_s[attack] = max(slowest_s[attack], time.monotonic() - began)
         else:
-            code = process.wait()
-            ends[f"alone: {code}"] += 1
-            if code == 0:
-                return ends, slowest_s
-            if code:
-                raise SystemExit(f"a run that nobody killed ended with {code}: {folder / 'log'}")
-        print(
-            f"{rows(out):3} rows, {time.monotonic() - began:5.1f} s, {dict(ends)}", file=sys.stderr
-        )
+            attack = "none"
+            while alive(run):
+                time.sleep(0.1)
+        for process in alive(run):
+            process.kill()
+        codes = sorted(process.wait() for process in run)
+        ends[f"{attack}: {codes}"] += 1
+        print(f"{rows(out):3} rows, {len(attacks)} to come, {dict(ends)}", file=sys.stderr)
+        if attack == "none":
+            if any(codes):
+                raise SystemExit(
+                    f"a run that nobody killed ended: {(folder / 'log').read_text()[-3000:]}"
+                )
+            return ends, slowest_s
+
+
+def alive(run: list[subprocess.Popen]) -> list[subprocess.Popen]:
+    return [process for process in run if process.poll() is None]
 
 
 def rows(out: Path) -> int:
@@ -150,34 +182,49 @@ def final_is_the_same(out: Path, other: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    draw = random.Random(args.seed)
+    kinds = ["SIGKILL of all", "SIGTERM of one"]
+    if args.processes > 1:
+        kinds.append("SIGKILL of one")
+    attacks = (kinds * args.kills)[: args.kills]
+    if args.processes > 1:
+        attacks.append("SIGSTOP of one")
+    draw.shuffle(attacks)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny.write_policy(folder / "policy")
         tiny.write_task(folder / "task.jsonl", RECORDS)
-        (folder / "rl.toml").write_text(TOML.format(folder=folder))
+        (folder / "rl.toml").write_text(TOML.format(folder=folder, processes=args.processes))
         alone, chaos = folder / "alone", folder / "chaos"
         began = time.monotonic()
-        if start(folder, alone).wait():
+        if any([process.wait() for process in start(folder, alone, args.processes)]):
             raise SystemExit((folder / "log").read_text())
         whole_s = time.monotonic() - began
-        ends, slowest_s = run_in_chaos(folder, chaos, args.kills, whole_s, random.Random(args.seed))
+        ends, slowest_s = run_in_chaos(folder, chaos, args.processes, attacks, whole_s, draw)
         found = read_log(chaos / "metrics.jsonl")
         checks = {
             "state_identical": state_digests(chaos) == state_digests(alone),
             "final_identical": final_is_the_same(chaos, alone),
             "metrics_identical": metrics(chaos) == metrics(alone),
             "steps_once_each": [row["step"] for row in found] == list(range(STEPS + 1)),
-            "sigterm_exits_143": not {k for k in ends if k.startswith("SIGTERM")}
-            - {"SIGTERM: 143", "SIGTERM: 0"},
-            "sigterm_in_time": slowest_s < GRACE_S,
+            "sigterm_exits_143": all(
+                set(json.loads(end.split(": ")[1])) in ({143}, {0})
+                for end in ends
+                if end.startswith("SIGTERM")
+            ),
+            "ends_in_time": all(
+                seconds < (GRACE_S if attack.startswith("SIGTERM") else WATCHDOG_S + 60)
+                for attack, seconds in slowest_s.items()
+            ),
             "journal_reused": sum(row.get("time/journaled", 0) for row in found) > 0,
         }
         kept = sorted(int(p.name) for p in (chaos / "checkpoints").iterdir() if p.name.isdigit())
         row = {
             "benchmark": "chaos",
-            "case": f"{args.kills} kills, {STEPS} steps, 1 process",
+            "case": f"{args.kills} kills, {STEPS} steps, {args.processes} processes",
             "ours": sum(checks.values()),
             "peer": len(checks),
             "ratio": sum(checks.values()) / len(checks),
@@ -185,7 +232,7 @@ def main() -> None:
             "higher_is_better": True,
             **checks,
             "ends": dict(ends),
-            "slowest_sigterm_s": round(slowest_s, 2),
+            "slowest_end_s": {attack: round(seconds, 2) for attack, seconds in slowest_s.items()},
             "journaled_completions": sum(row.get("time/journaled", 0) for row in found),
             "checkpoints": kept,
             "seconds_alone": round(whole_s, 1),
