@@ -49,6 +49,13 @@ def manifest(config, stage):
     return json.loads((config.parent / "out" / stage / "manifest.json").read_text())
 
 
+def test_every_stage_can_be_run():
+    for command in pipeline.CONFIGURED:
+        assert callable(pipeline.stage_module(command).run)
+    for command in pipeline.WITH_ARGUMENTS:
+        assert callable(pipeline.stage_module(command).main)
+
+
 def test_stages_run_in_order_and_say_what_they_took_and_made(config, capsys):
     run(config)
     said = capsys.readouterr().out

@@ -15,7 +15,7 @@ Demonstrations mix ways to answer: the bare answer, short and hard; the way writ
 for sums that after the numbers in full, longer than it need be. A policy that has learnt all of
 them gives reinforcement learning something to amplify, and Long2Short something to shorten. Some
 are wrong, as in any large corpus: those of `instruct` follow all constraints only in some cases,
-and in sft.jsonl some of `stem` guess.
+and in sft.jsonl some of `stem` end in a letter that is guessed, whatever was worked out before it.
 """
 
 import argparse
@@ -137,17 +137,14 @@ def stem_tasks(rng: random.Random) -> Iterator[Task]:
             "verifier": "choice",
             "ground_truth": letter,
         }
-        bare = f"\\boxed{{{letter}}}"
-        forms = {"bare": bare, "written": f"{borrows(a, b)} {tens} {bare}"}
-        yield record, functools.partial(_guessed_or, _in_styles(forms))
+        yield record, functools.partial(_choice, f"{borrows(a, b)} {tens} ", letter)
 
 
-def _guessed_or(
-    demonstrate: Callable[[random.Random, str], str], rng: random.Random, kind: str
-) -> str:
+def _choice(way: str, letter: str, rng: random.Random, kind: str) -> str:
+    demonstrate = _in_styles({"bare": "", "written": way})
     if kind in STEM_GUESSED and rng.random() < STEM_GUESSED[kind]:
-        return f"\\boxed{{{rng.choice('ABCD')}}}"
-    return demonstrate(rng, kind)
+        letter = rng.choice("ABCD")
+    return f"{demonstrate(rng, kind)}\\boxed{{{letter}}}"
 
 
 def borrows(a: int, b: int) -> str:

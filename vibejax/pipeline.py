@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -287,13 +288,19 @@ def _filled(value: Any, folders: Mapping[str, str], where: str) -> Any:
     return PLACEHOLDER.sub(folder, value)
 
 
+def stage_module(command: str) -> ModuleType:
+    """The module that `python -m vibejax.COMMAND` runs."""
+    module = importlib.import_module(f"vibejax.{command}")
+    if hasattr(module, "__path__"):
+        return importlib.import_module(f"vibejax.{command}.__main__")
+    return module
+
+
 def _run_step(step: Step) -> None:
     """Runs a step to its end, from where it stopped if it can, and writes its manifest."""
     began, start = datetime.datetime.now(datetime.UTC), time.perf_counter()
     inputs = manifest.inputs(_plain(step.settings), step.folder)
-    module = importlib.import_module(
-        "vibejax.curate.__main__" if step.command == "curate" else f"vibejax.{step.command}"
-    )
+    module = stage_module(step.command)
     settings = step.settings
     if isinstance(settings, Section) and hasattr(settings, "resume"):
         if (step.folder / "config.toml").is_file():
