@@ -110,6 +110,7 @@ def setting(where="v5e-16", **changes) -> plan.Setting:
 def test_a_slice_by_its_cloud_name(name, chips, devices, host):
     where = slices.find(name)
     assert (where.chips, where.devices, where.devices_a_host) == (chips, devices, host)
+    assert (where.host.devices, where.host.devices_a_host) == (host, host)
 
 
 @pytest.mark.parametrize("name", ["v5e-12", "v5p-4", "v9-8", "0xv5e-8", "v5e", ""])

@@ -215,7 +215,8 @@ def test_exports_stop_where_the_turns_end(folder, uninterrupted):
     """The base policy did not know <|im_end|> as a stop token; what learnt chats must."""
     out, done = uninterrupted
     assert "stops at '<|im_end|>' too" in done.stdout
-    assert [path.name for path in (out / "exports").iterdir()] == ["step-000004"]
+    exported = sorted(path.name for path in (out / "exports").iterdir())
+    assert exported == ["step-000004", "step-000006"]  # the last step's too
     for name in ("final", "exports/step-000004"):
         assert tokenizer.load(out / name).eos_ids == (2, 0)
         assert weights.load_config(out / name).context == 128
@@ -236,7 +237,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, uninterrupted):
     steps = [line.split()[0] for line in done.stderr.splitlines()]
     assert steps == ["step", "5", "6"]
     assert metrics(out) == metrics(uninterrupted[0])
-    for name in ("final/model.safetensors", "exports/step-000004/model.safetensors"):
+    exports = [f"exports/step-{step:06d}/model.safetensors" for step in (4, 6)]
+    for name in ("final/model.safetensors", *exports):
         assert (out / name).read_bytes() == (uninterrupted[0] / name).read_bytes()
 
 

@@ -442,7 +442,7 @@ class SftConfig(Section):
         "bfloat16", "of the weights in `out`/final and `out`/exports"
     )
     export_every: Natural = _field(
-        0, "steps between HF folders in `out`/exports, for probing; 0: none"
+        0, "steps between HF folders in `out`/exports, for probing, the last one's too; 0: none"
     )
     model: ModelSizes = ModelSizes()
     mesh: MeshConfig = MeshConfig()

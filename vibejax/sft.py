@@ -154,7 +154,7 @@ def run(config: SftConfig) -> Path:
             if setup.heldout and (last or (config.eval.every and step % config.eval.every == 0)):
                 row |= heldout_loss(setup, state.params, score)
             metrics.write(step, row | goodput.shares())
-            if config.export_every and step % config.export_every == 0:
+            if config.export_every and (last or step % config.export_every == 0):
                 _export(setup, state, folder / "exports" / f"step-{step:06d}")
             if last or step % config.checkpoint.every == 0:
                 metrics.log.sync()

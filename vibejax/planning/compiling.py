@@ -132,7 +132,8 @@ def _compiled(job: Job, folder: Path, limit_s: float) -> Compiled:
             request.unlink(missing_ok=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            return Compiled(job.program, failure=said[-1])
+            named = [line for line in said if line.startswith("jax.errors.")] or said[-1:]
+            return Compiled(job.program, failure=named[0][:300])
     return read(path)
 
 

@@ -53,18 +53,15 @@ def model_of(settings: dict[str, Any]) -> ModelConfig:
 
 
 def meshes(config: RlConfig, where: Slice) -> tuple[jax.sharding.Mesh, list[Any]]:
-    """The trainer's mesh, and the devices of the first host.
+    """The trainer's mesh, and the devices of one host.
 
     Raises:
         SliceError: the mesh does not fit.
     """
     sizes = config.mesh.model_dump()
     slices.check_mesh(where, sizes)
-    devices = where.topology().devices
-    host = devices[: where.devices_a_host]
-    if where.chip.platform == "tpu":
-        host = [d for d in devices if d.process_index == devices[0].process_index]
-    return sharding.make_mesh(sizes, devices), host
+    # Of a host's devices in a larger slice the compiler refuses collectives.
+    return sharding.make_mesh(sizes, where.topology().devices), where.host.topology().devices
 
 
 def engine_of(

@@ -124,6 +124,14 @@ class Slice:
             inside = _CHIPS_A_HOST[self.kind]
         return inside * self.devices_a_chip
 
+    @property
+    def host(self) -> "Slice":
+        """One of its hosts, by itself."""
+        shape = self.shape
+        if self.devices_a_host < math.prod(shape) * self.devices_a_chip:
+            shape = (2, 2, 1)[: len(shape)]
+        return dataclasses.replace(self, count=1, shape=shape)
+
     def topology(self) -> Any:
         """The description that the compilers take.
 
