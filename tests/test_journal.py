@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vibejax import qwen2, rollout, tokenizer
 from vibejax.completions import Completion, EngineConfig
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Engine

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from vibejax import optimizer, qwen2, rl, sharding, train
-from vibejax.config import OptimizerConfig, RlConfig, TrainConfig
+from vibejax.config.rl import RlConfig
+from vibejax.config.training import OptimizerConfig, TrainConfig
 from vibejax.packing import Document
 
 MODEL = tiny.model_config(vocab=128, heads=8, kv_heads=4)

@@ -30,7 +30,7 @@ import numpy as np
 from vibejax import clr_questions, clr_results, config_file, policy, run_folder
 from vibejax.clr_questions import Questions
 from vibejax.clr_results import Examined
-from vibejax.config import ClrConfig, ReplyConfig
+from vibejax.config.clr import ClrConfig, ReplyConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt, Record
 from vibejax.decode import Sampling

@@ -27,7 +27,7 @@ import numpy as np
 
 from vibejax import policy, run_folder, scoring, votes
 from vibejax.checkpoint_reader import checksums
-from vibejax.config import EvaluateConfig
+from vibejax.config.evaluate import EvaluateConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.locations import resolve

@@ -8,7 +8,8 @@ import numpy as np
 
 from vibejax import distributed, goodput, qwen2, sharding, train
 from vibejax.completions import Request
-from vibejax.config import RlConfig, TrainConfig
+from vibejax.config.rl import RlConfig
+from vibejax.config.training import TrainConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Engine

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from vibejax import data, qwen2, rollout, sharding, tokenizer, weights
 from vibejax.completions import Completion
-from vibejax.config import MeshConfig, SamplerConfig
+from vibejax.config.mesh import MeshConfig
+from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
@@ -61,7 +62,7 @@ def open_policy(name: str, config: SamplerConfig) -> Policy:
     """
     path = weights.locate(name)
     model, tokens = weights.load_config(path), tokenizer.load(path)
-    longest = config.max_prompt_tokens + config.max_completion_tokens
+    longest = config.sequence_tokens
     if longest > model.context:
         raise RunError(
             f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "

@@ -25,7 +25,7 @@ import numpy as np
 
 from vibejax import policy, report, rollout, run_folder, scoring
 from vibejax.checkpoint_reader import checksums
-from vibejax.config import ProbeConfig
+from vibejax.config.probe import ProbeConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.locations import resolve

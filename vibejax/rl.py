@@ -44,7 +44,7 @@ from vibejax import (
 )
 from vibejax.checkpoint import Checkpoints
 from vibejax.completions import EngineConfig
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
@@ -221,7 +221,7 @@ def set_up(config: RlConfig) -> Setup:
     """
     source = weights.locate(config.policy)
     model = weights.load_config(source)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+    longest = config.rollout.sequence_tokens
     if longest > model.context:
         raise RunError(
             f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "

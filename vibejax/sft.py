@@ -36,7 +36,7 @@ from vibejax import (
     weights,
 )
 from vibejax.checkpoint import Checkpoints
-from vibejax.config import SftConfig
+from vibejax.config.sft import SftConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Demonstration, Demonstrations
 from vibejax.locations import resolve

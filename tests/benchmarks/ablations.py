@@ -31,7 +31,7 @@ import matplotlib
 import numpy as np
 
 from vibejax import data, rl, scoring, weights
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.config_file import InputError, errors_in_one_line, load
 from vibejax.data import Prompt
 from vibejax.locations import resolve

@@ -18,7 +18,7 @@ import numpy as np
 
 from vibejax import arithmetic, data, qwen2, sharding, tokenizer, train, weights
 from vibejax.completions import EngineConfig, Request
-from vibejax.config import TrainConfig
+from vibejax.config.training import TrainConfig
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
 from vibejax.losses import importance

@@ -41,7 +41,8 @@ def ours(case: str) -> None:
     import jax
 
     from vibejax import optimizer, qwen2, rl, sharding, train
-    from vibejax.config import OptimizerConfig, RlConfig, TrainConfig
+    from vibejax.config.rl import RlConfig
+    from vibejax.config.training import OptimizerConfig, TrainConfig
     from vibejax.packing import Document
     from vibejax.rope import Rope
 

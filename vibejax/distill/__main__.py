@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from vibejax import data, policy, report, run_folder, sharding
-from vibejax.config import DistillConfig
+from vibejax.config.distill import DistillConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.distill import summary
 from vibejax.distill.scores import score_traces

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from vibejax import checkpoint_config, qwen2, rl, rollout, sharding
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.engine import Engine
 from vibejax.planning import programs, slices
 from vibejax.planning.compiling import Job

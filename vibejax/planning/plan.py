@@ -12,7 +12,7 @@ import jax
 
 from vibejax import handover, rl, sharding
 from vibejax.completions import EngineConfig
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.engine import plan_memory
 from vibejax.memory_plan import MemoryPlan
 from vibejax.planning import jobs, projection, slices, tiles_run, work
@@ -111,7 +111,7 @@ def prepare(config: RlConfig, settings: dict[str, Any], where: Slice, mean_token
     """
     sizes, model = config.mesh.model_dump(), jobs.model_of(settings)
     slices.check_mesh(where, sizes)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+    longest = config.rollout.sequence_tokens
     if longest > model.context:
         raise RunError(
             f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from vibejax import batching, decode, handover, qwen2, rl, sharding, train
-from vibejax.config import RlConfig, TrainConfig
+from vibejax.config.rl import RlConfig
+from vibejax.config.training import TrainConfig
 from vibejax.engine import Engine
 from vibejax.kernels import pages
 from vibejax.qwen2 import ModelConfig
