@@ -14,9 +14,9 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"progress"},
     {"config", "sharding", "distributed", "rope", "digests"},
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
-    | {"goodput", "profiling"},
+    | {"goodput", "profiling", "weight_products"},
     {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"},
-    {"domains"},
+    {"domains", "sampler_copy"},
     {"checkpoint_config"},
     {"safetensors_folder"},
     {"gguf_reader"},

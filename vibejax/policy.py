@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vibejax import data, qwen2, rollout, sharding, tokenizer, weights
+from vibejax import data, qwen2, rollout, sampler_copy, sharding, tokenizer, weights
 from vibejax.completions import Completion
 from vibejax.config.mesh import MeshConfig
 from vibejax.config.sampling import SamplerConfig
@@ -105,7 +105,7 @@ def load_engine(
     on = engine_mesh(policy.model, config.tensor, mesh.local_devices)
     params = weights.load_params(policy.path, policy.model, mesh, jnp.dtype(dtype))
     return Engine(
-        qwen2.sampler_params(params, policy.model, jnp.dtype(dtype), on),
+        sampler_copy.make(params, policy.model, jnp.dtype(dtype), on),
         rollout.engine_config(config, policy.model),
         mesh.local_devices,
     )

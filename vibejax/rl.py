@@ -35,6 +35,7 @@ from vibejax import (
     qwen2,
     rollout,
     run_folder,
+    sampler_copy,
     scoring,
     sharding,
     tokenizer,
@@ -230,7 +231,7 @@ def set_up(config: RlConfig) -> Setup:
     mesh = _mesh(config, model)
     limit = memory_plan.device_bytes(mesh.local_devices[0])
     engine = Engine(
-        qwen2.sampler_shapes(model, config.train.dtype),
+        sampler_copy.shapes(model, config.train.dtype),
         engine_config(config, model, mesh, limit),
         mesh.local_devices,
     )

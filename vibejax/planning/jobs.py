@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from vibejax import checkpoint_config, qwen2, rl, rollout, sharding
+from vibejax import checkpoint_config, rl, rollout, sampler_copy, sharding
 from vibejax.config.rl import RlConfig
 from vibejax.engine import Engine
 from vibejax.planning import programs, slices
@@ -76,7 +76,7 @@ def engine_of(
         EngineError: its plan does not fit.
     """
     return Engine(
-        qwen2.sampler_shapes(model, config.train.dtype),
+        sampler_copy.shapes(model, config.train.dtype),
         rl.engine_config(config, model, mesh, where.chip.memory_bytes),
         host,
     )

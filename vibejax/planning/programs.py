@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vibejax import batching, decode, handover, qwen2, rl, sharding, train
+from vibejax import batching, decode, handover, qwen2, rl, sampler_copy, sharding, train
 from vibejax.config.rl import RlConfig
 from vibejax.config.training import TrainConfig
 from vibejax.engine import Engine
@@ -102,7 +102,7 @@ def _hand_over(config, model, mesh, params) -> jax.stages.Traced:
         axis_types=mesh.axis_types,
     )
     dtype = jnp.dtype(config.train.dtype)
-    return qwen2.sampler_layer.trace(params["layers"], 0, model, dtype, everywhere)
+    return sampler_copy.layer.trace(params["layers"], 0, model, dtype, everywhere)
 
 
 def sampler(engine: Engine, how: decode.Sampling) -> Programs:
@@ -132,7 +132,7 @@ def sampler(engine: Engine, how: decode.Sampling) -> Programs:
             shapes,
         )
 
-    params, pools = qwen2.sampler_shapes(model, dtype, mesh), [layer()] * model.layers
+    params, pools = sampler_copy.shapes(model, dtype, mesh), [layer()] * model.layers
     window_rows = decode.Rows(
         *[array(jnp.int32, slots)] * 4,
         *[array(jnp.uint32, slots)] * 2,
