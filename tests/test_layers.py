@@ -16,19 +16,21 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
     | {"goodput", "profiling", "weight_products"},
     {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"},
-    {"domains", "sampler_copy"},
+    {"domains", "sampler_copy", "meshes"},
     {"checkpoint_config"},
     {"safetensors_folder"},
     {"gguf_reader"},
     {"gguf_tokenizer", "checkpoint_reader"},
     {"tokenizer"},
     {"weights", "train", "data"},
-    {"checkpoint", "sampling", "scheduler", "memory_plan"},
+    {"checkpoint", "sampling", "scheduler", "memory_plan", "policy_programs"},
     {"decode"},
     {"batching", "completions"},
     {"engine", "journal"},
     {"rollout", "scoring", "report", "handover", "reliability", "clr_questions"},
     {"policy", "replies", "clr_results", "manifest", "exchange"},
+    {"rl_setup"},
+    {"group_sampling", "policy_update"},
     # The stages: each a command, none built on another.
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vibejax import data, qwen2, rollout, sampler_copy, sharding, tokenizer, weights
+from vibejax import data, rollout, sampler_copy, tokenizer, weights
 from vibejax.completions import Completion
-from vibejax.config.mesh import MeshConfig
 from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.engine import Engine, engine_mesh
@@ -81,21 +80,6 @@ def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Pro
     prompts = data.read_prompts(file, policy.tokenizer, max_tokens=config.max_prompt_tokens)
     data.require_ground_truth(prompts, file)
     return prompts
-
-
-def make_mesh(config: MeshConfig, models: Sequence[ModelConfig]) -> jax.sharding.Mesh:
-    """The mesh, once all models are known to divide over it.
-
-    Raises:
-        RunError: one does not.
-    """
-    try:
-        mesh = sharding.make_mesh(config.model_dump())
-        for model in models:
-            qwen2.param_shardings(model, mesh)
-    except ValueError as error:
-        raise RunError(f"mesh: {error}") from None
-    return mesh
 
 
 def load_engine(

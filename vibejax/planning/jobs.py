@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from vibejax import checkpoint_config, rl, rollout, sampler_copy, sharding
+from vibejax import checkpoint_config, rl_setup, rollout, sampler_copy, sharding
 from vibejax.config.rl import RlConfig
 from vibejax.engine import Engine
 from vibejax.planning import programs, slices
@@ -77,7 +77,7 @@ def engine_of(
     """
     return Engine(
         sampler_copy.shapes(model, config.train.dtype),
-        rl.engine_config(config, model, mesh, where.chip.memory_bytes),
+        rl_setup.engine_config(config, model, mesh, where.chip.memory_bytes),
         host,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from vibejax import handover, rl, sharding
+from vibejax import handover, meshes, rl_setup
 from vibejax.completions import EngineConfig
 from vibejax.config.rl import RlConfig
 from vibejax.engine import plan_memory
@@ -119,10 +119,8 @@ def prepare(config: RlConfig, settings: dict[str, Any], where: Slice, mean_token
         )
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     try:
-        shape = (config.train.microbatch_rows, config.train.row_tokens)
-        sharding.sharding(mesh, shape, "batch", "length")
-        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
-        engine = rl.engine_config(config, model, mesh, where.chip.memory_bytes)
+        meshes.check_rows(config.train, mesh)
+        engine = rl_setup.engine_config(config, model, mesh, where.chip.memory_bytes)
     except ValueError as error:
         raise RunError(f"mesh: {error}") from None
     if where.devices_a_host % engine.tensor or model.kv_heads % engine.tensor:

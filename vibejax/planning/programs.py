@@ -9,7 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vibejax import batching, decode, handover, qwen2, rl, sampler_copy, sharding, train
+from vibejax import (
+    batching,
+    decode,
+    handover,
+    policy_programs,
+    qwen2,
+    sampler_copy,
+    sharding,
+    train,
+)
 from vibejax.config.rl import RlConfig
 from vibejax.config.training import TrainConfig
 from vibejax.engine import Engine
@@ -33,10 +42,10 @@ def trainer(config: RlConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Pr
         model: its policy.
         mesh: the devices.
     """
-    run = rl.make_programs(config, model, mesh)
+    run = policy_programs.make(config, model, mesh)
     params = _params(model, mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    sums = train.Sums(params, scalar, dict.fromkeys(rl.SUMS, scalar))
+    sums = train.Sums(params, scalar, dict.fromkeys(policy_programs.SUMS, scalar))
     channels = ["weight", "advantage", "sampler_logprob"]
     scored = [
         name
