@@ -48,6 +48,7 @@ def test_every_shipped_config_loads(cls, path):
         ("[rollout]\ntop_p = true", "rollout.top_p = True: must be a valid number"),
         ('[objective]\naggregation = "mean"', "objective.aggregation = 'mean': must be 'sequence'"),
         ("[rollout]\nslots = 0", "rollout.slots = 0"),
+        ("[train]\nrow_tokens = 9", "train.row_tokens = 9 must be at least rollout.max_prompt_to"),
         ("steps = ", "not valid TOML"),
     ],
 )

@@ -61,13 +61,22 @@ def open_policy(name: str, config: SamplerConfig) -> Policy:
     """
     path = weights.locate(name)
     model, tokens = weights.load_config(path), tokenizer.load(path)
+    check_context(name, model, config)
+    return Policy(name, path, model, tokens)
+
+
+def check_context(name: str, model: ModelConfig, config: SamplerConfig) -> None:
+    """Checks that the longest completion of the longest prompt fits a model's context.
+
+    Raises:
+        RunError: it does not.
+    """
     longest = config.sequence_tokens
     if longest > model.context:
         raise RunError(
             f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
             f"the {model.context} positions of {name}"
         )
-    return Policy(name, path, model, tokens)
 
 
 def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Prompt]:

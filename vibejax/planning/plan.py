@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from vibejax import handover, meshes, rl_setup
+from vibejax import handover, meshes, policy, rl_setup
 from vibejax.completions import EngineConfig
 from vibejax.config.rl import RlConfig
 from vibejax.engine import plan_memory
@@ -111,12 +111,7 @@ def prepare(config: RlConfig, settings: dict[str, Any], where: Slice, mean_token
     """
     sizes, model = config.mesh.model_dump(), jobs.model_of(settings)
     slices.check_mesh(where, sizes)
-    longest = config.rollout.sequence_tokens
-    if longest > model.context:
-        raise RunError(
-            f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
-            f"the {model.context} positions of {config.policy}"
-        )
+    policy.check_context(config.policy, model, config.rollout)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     try:
         meshes.check_rows(config.train, mesh)
