@@ -16,7 +16,7 @@ import tiny
 
 from vibejax import optimizer, sharding, train, weights
 from vibejax.checkpoint import Checkpoints
-from vibejax.config import OptimizerConfig
+from vibejax.config.training import OptimizerConfig
 from vibejax.metrics import VARYING
 
 TOML = """

@@ -10,7 +10,7 @@ import tiny
 
 from vibejax import clr, policy, run_folder, sharding
 from vibejax.completions import Completion
-from vibejax.config import ClrConfig
+from vibejax.config.clr import ClrConfig
 from vibejax.config_file import ConfigError, InputError, load
 from vibejax.verifiers import math
 

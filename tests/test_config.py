@@ -4,22 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from vibejax import config, config_file
-from vibejax.config import (
-    ClrConfig,
-    CurateConfig,
-    DistillConfig,
-    EvaluateConfig,
-    PipelineConfig,
-    ProbeConfig,
-    RlConfig,
-    SftConfig,
-)
+from vibejax import config_file
+from vibejax.config.clr import ClrConfig
+from vibejax.config.curate import CurateConfig
+from vibejax.config.distill import DistillConfig
+from vibejax.config.evaluate import EvaluateConfig
+from vibejax.config.pipeline import PipelineConfig
+from vibejax.config.probe import ProbeConfig
+from vibejax.config.rl import RlConfig
+from vibejax.config.sft import SftConfig
 from vibejax.config_file import ConfigError, load
 from vibejax.verifiers.pool import Pool
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-QUICKSTART = Path(config.__file__).parent / "quickstart"
+ROOT = Path(__file__).parents[1]
+CONFIGS, QUICKSTART = ROOT / "configs", ROOT / "vibejax" / "quickstart"
 BASE = 'policy = "p"\nprompts = "q"\n'
 SHIPPED = [
     *[(RlConfig, p) for p in [*sorted(CONFIGS.glob("rl_*.toml")), QUICKSTART / "rl.toml"]],
@@ -50,6 +48,7 @@ def test_every_shipped_config_loads(cls, path):
         ("[rollout]\ntop_p = true", "rollout.top_p = True: must be a valid number"),
         ('[objective]\naggregation = "mean"', "objective.aggregation = 'mean': must be 'sequence'"),
         ("[rollout]\nslots = 0", "rollout.slots = 0"),
+        ("[train]\nrow_tokens = 9", "train.row_tokens = 9 must be at least rollout.max_prompt_to"),
         ("steps = ", "not valid TOML"),
     ],
 )

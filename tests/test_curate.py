@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vibejax.config import CurateConfig
+from vibejax.config.curate import CurateConfig
 from vibejax.config_file import InputError, load
 from vibejax.curate import rollouts
 from vibejax.curate.__main__ import run

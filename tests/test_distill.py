@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from vibejax import config_file, policy, qwen2, run_folder, sft, sharding, tokenizer, weights
-from vibejax.config import DistillConfig, SftConfig
+from vibejax.config.distill import DistillConfig
+from vibejax.config.sft import SftConfig
 from vibejax.config_file import ConfigError, InputError, load
 from vibejax.distill import __main__ as distill
 from vibejax.distill import scores, traces

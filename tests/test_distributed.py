@@ -12,7 +12,7 @@ from vibejax.distributed import Place, StartError
 SCRIPT = """
 import json, os, sys
 from vibejax import distributed
-from vibejax.config import MeshConfig
+from vibejax.config.mesh import MeshConfig
 from vibejax.config_file import InputError, errors_in_one_line
 process = int(os.environ["VIBEJAX_PROCESS"])
 with errors_in_one_line(), distributed.joined(MeshConfig(data=eval(sys.argv[1]))):

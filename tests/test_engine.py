@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vibejax import batching, decode, qwen2
+from vibejax import batching, decode, qwen2, sampler_copy
 from vibejax.completions import EngineConfig, EngineError, Request
 from vibejax.decode import Sampling
 from vibejax.engine import Engine, engine_mesh
@@ -27,7 +27,7 @@ def params():
 def make(params, devices=DEVICE, dtype="float32", model=MODEL, **sizes):
     sizes = {"slots": 8, "window": 4, "page_tokens": 4, "chunk_tokens": 16} | sizes
     config = EngineConfig(model=model, **sizes)
-    return Engine(qwen2.sampler_params(params, model, dtype), config, devices)
+    return Engine(sampler_copy.make(params, model, dtype), config, devices)
 
 
 def run(engine, requests=REQUESTS, **how):
@@ -220,7 +220,7 @@ def test_several_devices_equal_one(params, tensor):
         model=MODEL, slots=32, window=4, page_tokens=4, chunk_tokens=16, tensor=tensor
     )
     mesh = engine_mesh(MODEL, tensor, devices)
-    sampler = qwen2.sampler_params(
+    sampler = sampler_copy.make(
         jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P())), MODEL, "float32", mesh
     )
     found = run(Engine(sampler, config, devices))
@@ -322,7 +322,7 @@ def test_a_closed_or_reloaded_engine(params):
     engine = make(params)
     first = engine.generate(REQUESTS, Sampling())
     next(first)
-    engine.load(qwen2.sampler_params(params, MODEL, "float32"))
+    engine.load(sampler_copy.make(params, MODEL, "float32"))
     with pytest.raises(EngineError, match="closed, loaded or asked"):
         list(first)
     engine.release()

@@ -13,7 +13,7 @@ import tiny
 from hf_folder import SETTINGS, make_tensors, write_folder
 
 from vibejax import evaluate, policy, run_folder, sharding
-from vibejax.config import EvaluateConfig
+from vibejax.config.evaluate import EvaluateConfig
 from vibejax.config_file import ConfigError, InputError, load
 from vibejax.data import Prompt
 from vibejax.policy import Answers

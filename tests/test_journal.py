@@ -10,9 +10,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vibejax import qwen2, rollout, tokenizer
+from vibejax import qwen2, rollout, sampler_copy, tokenizer
 from vibejax.completions import Completion, EngineConfig
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
@@ -176,7 +176,7 @@ def parts(tmp_path_factory):
     """An engine on one device, a tokenizer and prompts of a task."""
     folder = tmp_path_factory.mktemp("rollout")
     model = tiny.write_policy(folder / "policy")
-    params = qwen2.sampler_params(qwen2.init_params(model, jax.random.key(0)), model, "float32")
+    params = sampler_copy.make(qwen2.init_params(model, jax.random.key(0)), model, "float32")
     config = EngineConfig(model=model, slots=8, window=4, page_tokens=8)
     tokens = tokenizer.load(folder / "policy")
     record = {"verifier": "math", "ground_truth": "1", "last_number": True}

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vibejax.planning import slices
+
 TPU = Path(__file__).parents[1] / "tpu"
 SCRIPTS = sorted(TPU.glob("*.sh"))
 QUEUED = "gcloud compute tpus queued-resources"
@@ -181,6 +183,25 @@ SLICES = {
 }  # fmt: skip
 
 
+def test_the_launchers_know_the_slices_that_can_be_planned():
+    """But for single chips: their VMs have four."""
+    kinds = [kind for kind, chip in slices.CHIPS.items() if chip.platform == "tpu"]
+    names = [f"{kind}-{size}" for kind in kinds for size in slices.SHAPES[kind]]
+    planned = {name: slices.find(name) for name in names}
+    asked = [*names, *(f"{kind}-4096" for kind in kinds), "2xv5p-16", "v6e-12"]
+    lines = ['source "$0"', "for name; do"]
+    lines += ['(describe_slice "$name" && echo "$name $slices $topology $hosts")', "done"]
+    words = ["bash", "-c", "\n".join(lines), str(TPU / "launcher.sh"), *asked]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    sold = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert sold.pop("2xv5p-16") == "2 2x2x2 2"
+    assert {*planned} - {*sold} == {"v5e-1", "v6e-1"} and not {*sold} - {*planned}
+    for name, told in sold.items():
+        where = planned[name]
+        topology = "x".join(map(str, where.shape))
+        assert told == f"1 {topology} {where.chips // 4}", name
+
+
 def manifest(*words):
     first, *lines = shown("gke.sh", "run", *words)
     assert first == "# kubectl apply --filename=-"
@@ -189,13 +210,13 @@ def manifest(*words):
 
 @pytest.mark.parametrize("name", SLICES)
 def test_a_manifest_has_a_pod_for_every_four_chips(name):
-    slices, chips = SLICES[name]
+    count, chips = SLICES[name]
     jobset = manifest("rl", "--slice", name, "--image", "gcr.io/p/v:1", "--", *COMMAND)
     (job,) = jobset["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
-    assert job["replicas"] == slices
+    assert job["replicas"] == count
     assert spec["parallelism"] == spec["completions"] == chips // 4
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vibejax import attention, decode, qwen2
+from vibejax import attention, decode, qwen2, sampler_copy
 from vibejax.kernels.pages import Pages
 from vibejax.kernels.row_copies import Copies
 from vibejax.losses.logprobs import token_logprobs
@@ -130,7 +130,7 @@ def test_gradients_are_summed_in_float32():
 
 def decoding(dtype, copied):
     """A window's program and its arguments."""
-    sampler = qwen2.sampler_shapes(CONFIG, dtype)
+    sampler = sampler_copy.shapes(CONFIG, dtype)
     K, D, B = CONFIG.kv_heads, CONFIG.head_dim, 8
     pools = [Pages(array(dtype, 16, K, 8, 2 * D))] * CONFIG.layers
     copies = [Copies(array(dtype, B, K, D, 16), array(dtype, B, K, 16, D))] * CONFIG.layers

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vibejax import optimizer
-from vibejax.config import OptimizerConfig
+from vibejax.config.training import OptimizerConfig
 
 
 def test_cosine_schedule_by_hand():

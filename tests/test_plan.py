@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vibejax import memory_plan, sharding
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.kernels.tiles import Tile
 from vibejax.planning import compiling, hlo, jobs, plan, projection, search, slices, tiles_run, work
 from vibejax.planning.compiling import Compiled

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from vibejax import policy, run_folder, sharding
-from vibejax.config import EvaluationRolloutConfig
+from vibejax.config.sampling import EvaluationRolloutConfig
 from vibejax.config_file import InputError
 from vibejax.verifiers import Outcome, Verdict
 

@@ -11,7 +11,7 @@ from hf_folder import SETTINGS, make_tensors, write_folder
 
 from vibejax import probe, run_folder, sharding
 from vibejax.completions import Completion
-from vibejax.config import ProbeConfig
+from vibejax.config.probe import ProbeConfig
 from vibejax.config_file import ConfigError, InputError, load
 from vibejax.rollout import Rollout
 from vibejax.verifiers import Outcome, Verdict

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vibejax import qwen2, sharding
+from vibejax import qwen2, sampler_copy, sharding
 from vibejax.kernels import reference
 from vibejax.losses.logprobs import token_logprobs
 from vibejax.rope import Rope, inverse_frequencies
@@ -129,7 +129,7 @@ def test_chunks_over_a_cache_equal_the_full_forward(name):
     tokens = [documents(config, [n], n)[0][0] for n in lengths]
     token_BT = np.stack([np.pad(t, (0, 12 - len(t))) for t in tokens])
     position_BT = np.where(np.arange(12) < np.array(lengths)[:, None], np.arange(12), -1)
-    sampler = qwen2.sampler_params(params, config, jnp.float32)
+    sampler = sampler_copy.make(params, config, jnp.float32)
 
     def attend(cache, q_BTHD, k_BTKD, v_BTKD):
         cache = [jnp.concatenate(x, axis=1) for x in zip(cache, (k_BTKD, v_BTKD), strict=True)]
@@ -153,27 +153,6 @@ def test_chunks_over_a_cache_equal_the_full_forward(name):
     for b, n in enumerate(lengths):
         full = tokens[b][None], np.arange(n)[None], np.ones((1, n), np.int32)
         close(got_BTE[b, :n], hidden_states(params, *full, config)[0], rounding=1e-5)
-
-
-def test_the_sampler_s_copy_is_a_list_of_layers_with_inputs_last():
-    config = CONFIGS["small"]
-    params = random_params(config)
-    sampler = qwen2.sampler_params(params, config, jnp.bfloat16)
-    assert len(sampler["layers"]) == config.layers
-    for i, layer in enumerate(sampler["layers"]):
-        for name, order in (
-            ("q", (1, 2, 0)),
-            ("o", (2, 0, 1)),
-            ("down", (1, 0)),
-            ("q_bias", (0, 1)),
-        ):
-            want = np.asarray(params["layers"][name])[i].transpose(order)
-            np.testing.assert_array_equal(layer[name], want.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(sampler["embed"], np.asarray(params["embed"], jnp.bfloat16))
-    shapes = qwen2.sampler_shapes(config, jnp.bfloat16)
-    assert jax.tree.all(
-        jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), sampler, shapes)
-    )
 
 
 REMAT = ("none", "full", "attention", "offload")

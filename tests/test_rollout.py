@@ -5,7 +5,7 @@ import pytest
 
 from vibejax import data, rollout
 from vibejax.completions import Completion
-from vibejax.config import ObjectiveConfig
+from vibejax.config.rl import ObjectiveConfig
 from vibejax.data import DataError, Prompt
 from vibejax.rollout import Rollout
 from vibejax.verifiers import Outcome, Verdict

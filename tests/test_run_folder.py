@@ -3,7 +3,7 @@
 import pytest
 
 from vibejax import run_folder
-from vibejax.config import SftConfig
+from vibejax.config.sft import SftConfig
 from vibejax.run_folder import Log, RunError
 
 

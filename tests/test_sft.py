@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from vibejax import qwen2, sft, sharding, tokenizer, train, weights
-from vibejax.config import SftConfig
+from vibejax.config.sft import SftConfig
 from vibejax.config_file import InputError, load
 from vibejax.metrics import VARYING
 

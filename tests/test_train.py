@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from vibejax import optimizer, qwen2, rl, sharding, train
-from vibejax.config import OptimizerConfig, RlConfig, TrainConfig
+from vibejax import optimizer, qwen2, sharding, train
+from vibejax.config.rl import RlConfig
+from vibejax.config.training import OptimizerConfig, TrainConfig
 from vibejax.packing import Document
+from vibejax.policy_programs import SUMS, policy_loss
 
 MODEL = tiny.model_config(vocab=128, heads=8, kv_heads=4)
 
@@ -45,9 +47,9 @@ def gradient(sizes, row_tokens, rows, remat="none"):
         objective={"kl": 0.1},
     )
     adamw = optimizer.make_optimizer(OptimizerConfig(), 10)
-    loss_fn = functools.partial(rl.policy_loss, model=MODEL, config=config)
+    loss_fn = functools.partial(policy_loss, model=MODEL, config=config)
     with jax.set_mesh(mesh):
-        step = train.make_train_step(loss_fn, adamw, lambda _: 1e-6, MODEL, mesh, rl.SUMS)
+        step = train.make_train_step(loss_fn, adamw, lambda _: 1e-6, MODEL, mesh, SUMS)
         create = jax.jit(
             lambda: qwen2.init_params(MODEL, jax.random.key(1)),
             out_shardings=qwen2.param_shardings(MODEL, mesh),

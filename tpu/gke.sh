@@ -17,14 +17,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tpu/launcher.sh
 
-slice='' image='' cluster='' location='' zone='' account=default spot=false
-command=()
+OPTIONS='--slice --image --cluster --location --zone --service-account'
 
 main() {
-  if [[ ${1-} == --dry-run ]]; then
-    dry_run=true
-    shift
-  fi
   local verb=${1-} name=''
   shift || true
   if [[ $verb != image ]]; then
@@ -32,7 +27,7 @@ main() {
     require_name name "$name"
     shift
   fi
-  parse "$@"
+  parse "$OPTIONS" "$@"
   case $verb in
     image) image ;;
     nodes) nodes "$name" ;;
@@ -44,33 +39,6 @@ main() {
     delete) execute kubectl delete jobset "$name" ;;
     *) fail "'$verb': must be image, nodes, run, xpk, status, logs or delete" ;;
   esac
-}
-
-parse() {
-  while (($#)); do
-    case $1 in
-      --spot) spot=true ;;
-      --)
-        command=("${@:2}")
-        return
-        ;;
-      --slice | --image | --cluster | --location | --zone | --service-account)
-        (($# >= 2)) || fail "$1: needs a value"
-        case $1 in
-          --slice) slice=$2 ;;
-          --image) require --image "$2" '[a-z0-9][-a-zA-Z0-9._/:@]*' && image=$2 ;;
-          --cluster) require_name --cluster "$2" && cluster=$2 ;;
-          --location) require_name --location "$2" && location=$2 ;;
-          --zone) require_name --zone "$2" && zone=$2 ;;
-          --service-account) require_name --service-account "$2" && account=$2 ;;
-        esac
-        shift
-        ;;
-      *) fail "$1: unknown; --slice, --image, --cluster, --location, --zone, --service-account, \
---spot, and -- before a command" ;;
-    esac
-    shift
-  done
 }
 
 # Dies unless the options named are there: needs VERB OPTION...
@@ -121,7 +89,7 @@ manifest() {
   text=${text//'${NAME}'/"$1"}
   text=${text//'${SLICES}'/"$slices"}
   text=${text//'${HOSTS}'/"$hosts"}
-  text=${text//'${SERVICE_ACCOUNT}'/"$account"}
+  text=${text//'${SERVICE_ACCOUNT}'/"${service_account:-default}"}
   text=${text//'${ACCELERATOR}'/"$gke_accelerator"}
   text=${text//'${TOPOLOGY}'/"$topology"}
   text=${text//'${IMAGE}'/"$image"}

@@ -1,8 +1,16 @@
 # shellcheck shell=bash disable=SC2034  # what is set here is read by those who source it
-# What the launchers share: --dry-run, checks of what users write, and the slices that are sold.
+# What the launchers share: their options, checks of what users write, and the slices that are sold.
 # Sourced, not run. A command is an array from end to end, so no name is ever parsed by a shell.
 
+# Sourced, these are the script's own arguments.
 dry_run=false
+if [[ ${1-} == --dry-run ]]; then
+  dry_run=true
+  shift
+fi
+
+slice='' image='' cluster='' location='' zone='' project='' worker='' service_account=''
+spot=false command=()
 
 fail() {
   printf '%s: %s\n' "$(basename "$0")" "$1" >&2
@@ -30,6 +38,38 @@ require() {
 # A name that gcloud, Kubernetes and systemd all take.
 require_name() {
   require "$1" "$2" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?'
+}
+
+# Reads options into the variables of their names, and what stands after -- into command:
+#   parse '--slice --zone' "$@"      where these, and --spot, are all that may be
+parse() {
+  local known=$1 name
+  shift
+  while (($#)); do
+    case $1 in
+      --spot) spot=true ;;
+      --)
+        command=("${@:2}")
+        return
+        ;;
+      *)
+        [[ $1 == --* && " $known " == *" $1 "* ]] ||
+          fail "$1: unknown; ${known// /, }, --spot, and -- before a command"
+        (($# >= 2)) || fail "$1: needs a value"
+        case $1 in
+          --slice) ;; # describe_slice knows them
+          --image) require "$1" "$2" '[a-z0-9][-a-zA-Z0-9._/:@]*' ;;
+          --project) require "$1" "$2" '[a-z0-9][-a-z0-9:.]*' ;;
+          --worker) require "$1" "$2" 'all|[0-9]+' ;;
+          *) require_name "$1" "$2" ;;
+        esac
+        name=${1#--}
+        printf -v "${name//-/_}" %s "$2"
+        shift
+        ;;
+    esac
+    shift
+  done
 }
 
 # Reads a slice as it is sold, such as v5e-16 or 2xv5e-256, into
@@ -77,8 +117,9 @@ describe_slice() {
     2-256) topology=4x4x8 ;;
     2-512) topology=4x8x8 ;;
     2-1024) topology=8x8x8 ;;
+    2-2048) topology=8x8x16 ;;
     *) fail "slice $(printf %q "$1"): nobody sells it; known are v5e-N and v6e-N (N chips, 4 to 256) and v4-N, \
-v5p-N, tpu7x-N (N cores, 8 to 1024), N a power of two, and 2xSLICE for several" ;;
+v5p-N, tpu7x-N (N cores, 8 to 2048), N a power of two, and 2xSLICE for several" ;;
   esac
   chips=$((count / cores))
   hosts=$((chips / 4))

@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: no device is looked for
 
 from vibejax import config_file
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.config_file import InputError
 from vibejax.locations import resolve
 from vibejax.planning import compiling, jobs, plan, search, slices

@@ -17,19 +17,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tpu/launcher.sh
 
-slice='' worker=0 spot=false
-where=() command=()
+OPTIONS='--slice --zone --project --worker'
 
 main() {
-  if [[ ${1-} == --dry-run ]]; then
-    dry_run=true
-    shift
-  fi
   (($# >= 2)) || fail 'tpu/pod.sh create|status|setup|run|logs|stop|delete NAME ...; its head explains'
   local verb=$1 name=$2
   shift 2
   require_name name "$name"
-  parse "$@"
+  parse "$OPTIONS" "$@"
   case $verb in
     create) create "$name" ;;
     status) gcloud_tpu describe "$name" '--format=value(state.state)' ;;
@@ -38,37 +33,17 @@ main() {
       ((${#command[@]})) || fail 'run: needs -- and a command'
       on_all "$name" bash vibejax/tpu/worker.sh start "${command[@]}"
       ;;
-    logs) on "$name" "$worker" bash vibejax/tpu/worker.sh logs ;;
+    logs) on "$name" "${worker:-0}" bash vibejax/tpu/worker.sh logs ;;
     stop) on_all "$name" bash vibejax/tpu/worker.sh stop ;;
     delete) gcloud_tpu delete "$name" --force --quiet ;;
     *) fail "$verb: must be create, status, setup, run, logs, stop or delete" ;;
   esac
 }
 
-parse() {
-  while (($#)); do
-    case $1 in
-      --spot) spot=true ;;
-      --)
-        command=("${@:2}")
-        return
-        ;;
-      --slice | --zone | --project | --worker)
-        (($# >= 2)) || fail "$1: needs a value"
-        case $1 in
-          --slice) slice=$2 ;;
-          --worker) require --worker "$2" 'all|[0-9]+' && worker=$2 ;;
-          *) require "$1" "$2" '[a-z0-9][-a-z0-9:.]*' && where+=("$1=$2") ;;
-        esac
-        shift
-        ;;
-      *) fail "$1: unknown; --slice, --zone, --project, --worker, --spot, and -- before a command" ;;
-    esac
-    shift
-  done
-}
-
 gcloud_tpu() {
+  local where=()
+  [[ ! $zone ]] || where+=("--zone=$zone")
+  [[ ! $project ]] || where+=("--project=$project")
   execute gcloud compute tpus queued-resources "$@" ${where[@]+"${where[@]}"}
 }
 

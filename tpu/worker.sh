@@ -12,10 +12,6 @@ UV=0.13.8 # fetches a Python where the image has none that is new enough
 venv=$HOME/vibejax-venv
 
 main() {
-  if [[ ${1-} == --dry-run ]]; then
-    dry_run=true
-    shift
-  fi
   local verb=${1-}
   case $verb in
     setup) setup ;;

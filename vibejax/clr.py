@@ -27,10 +27,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vibejax import clr_questions, clr_results, config_file, policy, run_folder
+from vibejax import clr_questions, clr_results, config_file, meshes, policy, run_folder
 from vibejax.clr_questions import Questions
 from vibejax.clr_results import Examined
-from vibejax.config import ClrConfig, ReplyConfig
+from vibejax.config.clr import ClrConfig, ReplyConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt, Record
 from vibejax.decode import Sampling
@@ -75,7 +75,7 @@ def run(config: ClrConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
     task = read_task(config)
-    mesh = policy.make_mesh(config.mesh, [task.policy.model])
+    mesh = meshes.make(config.mesh, [task.policy.model])
     folder = run_folder.open_run(config, "clr", changeable=("repeats",))
     longest = config.sequence_tokens - config.rollout.max_completion_tokens
     sizes = config.rollout.model_copy(update={"max_prompt_tokens": longest})  # questions included

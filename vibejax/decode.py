@@ -149,7 +149,7 @@ def window(
     """At most `steps` tokens of each row; fewer once all have ended.
 
     Args:
-        params: as `qwen2.sampler_params` returns them.
+        params: as `sampler_copy.make` returns them.
         pools: the pages of every layer.
         copies: of every layer, what each row has (`kernels.row_copies`), for attention that does
             not read pages where they lie; else None.
@@ -263,7 +263,7 @@ def fill(
     """Computes a chunk of each row's tokens into its pages.
 
     Args:
-        params: as `qwen2.sampler_params` returns them.
+        params: as `sampler_copy.make` returns them.
         pools: the pages of every layer.
         token_BT: [B, T] int32 the chunks, aligned at their ends.
         first_B: [B] int32 position of each chunk's first token; what is before is cached.

@@ -1,6 +1,6 @@
 """The rollout engine: requests in, completions out as they finish.
 
-    engine = Engine(qwen2.sampler_params(params, model, "bfloat16"), EngineConfig(model=model))
+    engine = Engine(sampler_copy.make(params, model, "bfloat16"), EngineConfig(model=model))
     for completion in engine.generate([Request(0, tokens, max_tokens=512, samples=8)], Sampling()):
         print(completion.request, completion.sample, completion.stop, completion.tokens)
 
@@ -76,7 +76,7 @@ class Engine:
         """Plans the memory; pages are allocated by the first `generate`.
 
         Args:
-            params: from `qwen2.sampler_params`, on the devices; or their shapes, where `load`
+            params: from `sampler_copy.make`, on the devices; or their shapes, where `load`
                 brings them later.
             config: sizes.
             devices: of this process; None: all.

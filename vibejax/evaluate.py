@@ -25,9 +25,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vibejax import policy, run_folder, scoring, votes
+from vibejax import meshes, policy, run_folder, scoring, votes
 from vibejax.checkpoint_reader import checksums
-from vibejax.config import EvaluateConfig
+from vibejax.config.evaluate import EvaluateConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.locations import resolve
@@ -103,7 +103,7 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         name: policy.read_prompts(opened, given.path, config.rollout)
         for name, given in config.sets.items()
     }
-    mesh = policy.make_mesh(config.mesh, [opened.model])
+    mesh = meshes.make(config.mesh, [opened.model])
     run_folder.check_run(config)
     arguments = config.verifiers.pool_arguments()
     with open_pool(**arguments | {"max_failure_rate": 1.0}) as pool:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from vibejax import data, qwen2, tokenizer, weights
+from vibejax import data, qwen2, sampler_copy, tokenizer, weights
 from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.decode import Sampling
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     )
     mesh = engine_mesh(model, 1, devices)
     params = weights.load_params(path, model, mesh, dtype)
-    engine = Engine(qwen2.sampler_params(params, model, dtype, mesh), config, devices)
+    engine = Engine(sampler_copy.make(params, model, dtype, mesh), config, devices)
     groups = _groups(engine, requests, how, args.seed)
     if args.prompt is not None:
         for completion in next(groups):

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import distributed, goodput, qwen2, sharding, train
+from vibejax import distributed, goodput, sampler_copy, sharding, train
 from vibejax.completions import Request
-from vibejax.config import RlConfig, TrainConfig
+from vibejax.config.rl import RlConfig
+from vibejax.config.training import TrainConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
@@ -45,7 +46,7 @@ def hand_over(
         RunError: the two disagree by more than objective.max_mean_dlogp.
     """
     dtype = jnp.dtype(config.train.dtype)
-    engine.load(qwen2.sampler_params(params, engine.config.model, dtype, engine.mesh))
+    engine.load(sampler_copy.make(params, engine.config.model, dtype, engine.mesh))
     how = Sampling(temperature=config.rollout.temperature)
     max_tokens = min(TOKENS, config.rollout.max_completion_tokens)
     (completion,) = engine.generate(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vibejax import qwen2, tokenizer, weights
+from vibejax import qwen2, sampler_copy, tokenizer, weights
 from vibejax.completions import EngineConfig, Request
 from vibejax.config_file import errors_in_one_line
 from vibejax.decode import Sampling
@@ -89,9 +89,7 @@ def _answers(path, config, tokens, requests):
     dtype = jnp.dtype(qwen2.default_dtype())
     devices = jax.local_devices()
     mesh = engine_mesh(config, 1, devices)
-    params = qwen2.sampler_params(
-        weights.load_params(path, config, mesh, dtype), config, dtype, mesh
-    )
+    params = sampler_copy.make(weights.load_params(path, config, mesh, dtype), config, dtype, mesh)
     slots = -(-min(SLOTS, len(requests)) // len(devices)) * len(devices)
     longest = max(len(r.tokens) + r.max_tokens for r in requests)
     engine = Engine(params, EngineConfig(model=config, slots=slots, context=longest), devices)

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from vibejax.config import OptimizerConfig
+from vibejax.config.training import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -28,9 +28,15 @@ from typing import Any
 
 import jax
 
-from vibejax import config as configs
 from vibejax import manifest, preemption
-from vibejax.config import PipelineConfig, StageConfig
+from vibejax.config.clr import ClrConfig
+from vibejax.config.curate import CurateConfig
+from vibejax.config.distill import DistillConfig
+from vibejax.config.evaluate import EvaluateConfig
+from vibejax.config.pipeline import PipelineConfig, StageConfig
+from vibejax.config.probe import ProbeConfig
+from vibejax.config.rl import RlConfig
+from vibejax.config.sft import SftConfig
 from vibejax.config_file import (
     ConfigError,
     InputError,
@@ -46,13 +52,13 @@ from vibejax.safetensors_folder import write_json
 from vibejax.verifiers.pool import VerifierFailure
 
 CONFIGURED: Mapping[str, type[Section]] = {
-    "curate": configs.CurateConfig,
-    "sft": configs.SftConfig,
-    "probe": configs.ProbeConfig,
-    "rl": configs.RlConfig,
-    "distill": configs.DistillConfig,
-    "evaluate": configs.EvaluateConfig,
-    "clr": configs.ClrConfig,
+    "curate": CurateConfig,
+    "sft": SftConfig,
+    "probe": ProbeConfig,
+    "rl": RlConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "clr": ClrConfig,
 }
 WITH_ARGUMENTS = ("domains", "generate", "merge", "weights")
 EVALUATION = "evaluation"
@@ -206,11 +212,11 @@ def describe(steps: Sequence[Step]) -> str:
 def _tokens(step: Step) -> str:
     """What is known before about the tokens of a step."""
     settings = step.settings
-    if isinstance(settings, configs.RlConfig):
+    if isinstance(settings, RlConfig):
         groups = settings.steps * settings.rollout.prompts_per_step
         count = groups * settings.rollout.group_size * settings.rollout.max_completion_tokens
         return f"samples at most {count:,} tokens in {settings.steps} steps"
-    if isinstance(settings, configs.SftConfig):
+    if isinstance(settings, SftConfig):
         path = resolve(settings.data)
         passes = settings.epochs or None
         if passes and path.is_file():

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vibejax import data, qwen2, rollout, sharding, tokenizer, weights
+from vibejax import data, rollout, sampler_copy, tokenizer, weights
 from vibejax.completions import Completion
-from vibejax.config import MeshConfig, SamplerConfig
+from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
@@ -61,13 +61,22 @@ def open_policy(name: str, config: SamplerConfig) -> Policy:
     """
     path = weights.locate(name)
     model, tokens = weights.load_config(path), tokenizer.load(path)
-    longest = config.max_prompt_tokens + config.max_completion_tokens
+    check_context(name, model, config)
+    return Policy(name, path, model, tokens)
+
+
+def check_context(name: str, model: ModelConfig, config: SamplerConfig) -> None:
+    """Checks that the longest completion of the longest prompt fits a model's context.
+
+    Raises:
+        RunError: it does not.
+    """
+    longest = config.sequence_tokens
     if longest > model.context:
         raise RunError(
             f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
             f"the {model.context} positions of {name}"
         )
-    return Policy(name, path, model, tokens)
 
 
 def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Prompt]:
@@ -82,21 +91,6 @@ def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Pro
     return prompts
 
 
-def make_mesh(config: MeshConfig, models: Sequence[ModelConfig]) -> jax.sharding.Mesh:
-    """The mesh, once all models are known to divide over it.
-
-    Raises:
-        RunError: one does not.
-    """
-    try:
-        mesh = sharding.make_mesh(config.model_dump())
-        for model in models:
-            qwen2.param_shardings(model, mesh)
-    except ValueError as error:
-        raise RunError(f"mesh: {error}") from None
-    return mesh
-
-
 def load_engine(
     policy: Policy, config: SamplerConfig, dtype: str, mesh: jax.sharding.Mesh
 ) -> Engine:
@@ -104,7 +98,7 @@ def load_engine(
     on = engine_mesh(policy.model, config.tensor, mesh.local_devices)
     params = weights.load_params(policy.path, policy.model, mesh, jnp.dtype(dtype))
     return Engine(
-        qwen2.sampler_params(params, policy.model, jnp.dtype(dtype), on),
+        sampler_copy.make(params, policy.model, jnp.dtype(dtype), on),
         rollout.engine_config(config, policy.model),
         mesh.local_devices,
     )

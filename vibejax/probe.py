@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vibejax import policy, report, rollout, run_folder, scoring
+from vibejax import meshes, policy, report, rollout, run_folder, scoring
 from vibejax.checkpoint_reader import checksums
-from vibejax.config import ProbeConfig
+from vibejax.config.probe import ProbeConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.locations import resolve
@@ -92,7 +92,7 @@ def run(config: ProbeConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     """
     config = _expanded(config)
     subjects = [read_subject(config, name) for name in config.checkpoints]
-    mesh = policy.make_mesh(config.mesh, [subject.policy.model for subject in subjects])
+    mesh = meshes.make(config.mesh, [subject.policy.model for subject in subjects])
     folder = run_folder.open_run(config, "probe", changeable=("checkpoints", "domains"))
     path = folder / "scores.jsonl"
     log = Log(path, len(run_folder.read_log(path)))

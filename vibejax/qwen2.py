@@ -7,15 +7,11 @@ how it is initialised. `hidden_states` runs over packed rows, `cached_states` ov
 Shape suffixes: L layers, B rows, T tokens, S cache entries, E model width, H query heads, K
 key/value heads, D head dimension, F feed-forward width, V vocabulary rows.
 
-Every matrix product says precision=HIGHEST. It changes nothing for bfloat16 operands; a float32
-operand would otherwise be rounded to bfloat16 on a TPU.
-
 Source: Qwen2.5 technical report, arXiv:2412.15115; transformers' modeling_qwen2.py for the
 order of operations, which the parity test pins.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -27,57 +23,12 @@ from jax.sharding import Mesh
 
 from vibejax.attention import Implementation, attention
 from vibejax.rope import Rope, inverse_frequencies
-from vibejax.sharding import constrain, replicated, sharding
+from vibejax.sharding import constrain, sharding
+from vibejax.weight_products import einsum, project, project_held
 
 Params = dict[str, Any]
 Remat = Literal["none", "full", "attention", "offload"]
 VOCAB_MULTIPLE = 128  # vocabulary rows are padded to it, so that `tensor` divides them
-
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """An einsum with a weight in x's dtype, whose gradient has the weight's own dtype.
-
-    A weight's gradient sums over tokens and over devices: with float32 weights, in float32.
-
-    On a mesh the whole weight is gathered, and its gradient scattered again: left to itself, XLA
-    for TPUs multiplies by one device's part after the other, and moves the result each time.
-
-    For it one factor is read transposed. Without the barrier XLA for CPUs computes the
-    activation's derivative inside that transposing read, element by element: a training step of
-    the shipped policy then takes twice as long.
-    """
-    return _einsum(subscripts, x, _gathered(subscripts, w, x.dtype))
-
-
-def _gathered(subscripts: str, w: jax.Array, dtype: Any) -> jax.Array:
-    """A weight in the dtype of the computation, whole but for what devices share on purpose."""
-    return constrain(w.astype(dtype), *_weight_axes(subscripts, embed=None))
-
-
-def _weight_axes(subscripts: str, embed: str | None) -> list[str | None]:
-    names = {"E": embed, "H": "heads", "K": "kv_heads", "D": "head_dim", "F": "mlp"}
-    return [names[letter] for letter in subscripts.split("->")[0].split(",")[1]]
-
-
-def _project_forward(subscripts, x, w):
-    return _project(subscripts, x, w), (x, w)
-
-
-def _project_backward(subscripts, residuals, dy):
-    x, w = residuals
-    inputs, out_axes = subscripts.split("->")
-    x_axes, w_axes = inputs.split(",")
-    dy = jax.lax.optimization_barrier(dy)
-    whole = _gathered(subscripts, w, x.dtype)
-    dx = _einsum(f"{out_axes},{w_axes}->{x_axes}", dy, whole)
-    dw = _einsum(f"{x_axes},{out_axes}->{w_axes}", x, dy, preferred_element_type=w.dtype)
-    return dx, constrain(dw, *_weight_axes(subscripts, embed="embed"))
-
-
-_project.defvjp(_project_forward, _project_backward)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +170,7 @@ def head(params: Params) -> jax.Array:
 def logits(params: Params, x_BE: jax.Array, config: ModelConfig) -> jax.Array:
     """[B, V] float32 logits of the next token; ids that do not exist hold -1e30."""
     head_VE = head(params).astype(x_BE.dtype)
-    logit_BV = _einsum("BE,VE->BV", x_BE, head_VE, preferred_element_type=jnp.float32)
+    logit_BV = einsum("BE,VE->BV", x_BE, head_VE, preferred_element_type=jnp.float32)
     return jnp.where((jnp.arange(config.vocab_rows) < config.vocab)[None], logit_BV, -1e30)
 
 
@@ -264,7 +215,7 @@ def hidden_states(
             q_BTHD, k_BTKD, v_BTKD, position_BT, segment_BT, implementation, place_BT
         )
         with jax.named_scope("out"):
-            x_BTE = x_BTE + _project("BTHD,HDE->BTE", a_BTHD, p["o"])
+            x_BTE = x_BTE + project("BTHD,HDE->BTE", a_BTHD, p["o"])
         return constrain(_mlp(x_BTE, p, config, TRAINER), "batch", "length", None), None
 
     x_BTE, _ = jax.lax.scan(_rematerialised(layer, remat), x_BTE, params["layers"])
@@ -301,7 +252,7 @@ def cached_states(
     """Normed outputs for the next tokens of sequences whose earlier ones are cached.
 
     Args:
-        params: as `sampler_params` returns them.
+        params: as `sampler_copy.make` returns them.
         token_BT: [B, T] int32.
         position_BT: [B, T] int32 position of each token in its sequence; -1 is padding.
         caches: of each layer, whatever `attend` takes.
@@ -320,117 +271,10 @@ def cached_states(
         q_BTHD, k_BTKD, v_BTKD = _qkv(x_BTE, p, cos_BTD, sin_BTD, config, SAMPLER)
         a_BTHD, cache = attend(cache, q_BTHD, k_BTKD, v_BTKD)
         with jax.named_scope("out"):
-            x_BTE = x_BTE + _project_held("BTHD,HDE->BTE", a_BTHD, p["o"])
+            x_BTE = x_BTE + project_held("BTHD,HDE->BTE", a_BTHD, p["o"])
         x_BTE = constrain(_mlp(x_BTE, p, config, SAMPLER), "batch", None, None)
         written.append(cache)
     return _norm_alike(x_BTE, params["norm"], config.norm_epsilon), written
-
-
-def sampler_params(params: Params, config: ModelConfig, dtype: Any, mesh: Mesh | None = None):
-    """The copy of the parameters that `cached_states` reads: `dtype`, a list of layers.
-
-    Decoding reads every weight once a token. From a stacked array each layer would first be
-    copied out of it; from a list it is read where it lies. Projections have their input axes
-    last: of this form a CPU's products give a row the same bits beside any number of others.
-
-    Args:
-        params: tree of `param_table(config)`.
-        config: of the model.
-        dtype: of the copy.
-        mesh: where it is to lie, over devices that hold `params`: all of them, or with several
-            processes this one's; None: where they are. One layer is moved at a time.
-    """
-    dtype, away = jnp.dtype(dtype), None
-    if mesh is not None and not params["norm"].is_fully_addressable:
-        mesh, away = None, mesh  # no program moves from the mesh of all to that of one
-
-    def moved(held: Params, shapes: Params) -> Params:
-        return held if away is None else _to_process(held, shapes, params["norm"].sharding.mesh)
-
-    shapes = sampler_shapes(config, dtype, away)
-    layers = [
-        moved(sampler_layer(params["layers"], i, config, dtype, mesh), shapes["layers"][i])
-        for i in range(config.layers)
-    ]
-    rest = {name: w for name, w in params.items() if name != "layers"}
-    return {
-        name: moved(w, shapes[name]) for name, w in sampler_rest(rest, config, dtype, mesh).items()
-    } | {"layers": layers}
-
-
-def sampler_shapes(config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> Params:
-    """The shapes and dtypes of `sampler_params`, and on a mesh where they lie."""
-
-    def held(info: ParamInfo) -> jax.ShapeDtypeStruct:
-        shape, axes = (info.shape, info.axes)
-        if info.stacked:
-            order = (*range(1 + info.inputs, len(shape)), *range(1, 1 + info.inputs))
-            shape, axes = tuple(shape[i] for i in order), tuple(axes[i] for i in order)
-        place = None if mesh is None else sharding(mesh, shape, *axes)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    shapes = map_table(held, config)
-    return shapes | {"layers": [shapes["layers"]] * config.layers}
-
-
-def _to_process(held: Params, shapes: Params, mesh: Mesh) -> Params:
-    """Arrays over the `mesh` of all processes, laid out as `shapes` say on the devices of this one.
-
-    All devices get the whole; this process's copies then become an array of its own, from which
-    each device keeps its part. All processes must call.
-    """
-
-    def to_process(w: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        copies = [shard.data for shard in w.addressable_shards]
-        whole = replicated(shape.sharding.mesh)
-        local = jax.make_array_from_single_device_arrays(w.shape, whole, copies)
-        return jax.device_put(local, shape.sharding)
-
-    return jax.tree.map(to_process, _whole_everywhere(held, mesh), shapes)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def _whole_everywhere(held: Params, mesh: Mesh) -> Params:
-    return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, replicated(mesh)), held)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def sampler_layer(stacked, i, config, dtype, mesh):
-    """Layer i of `sampler_params`, from the stacked ones."""
-
-    def hold(info: ParamInfo, w_L: jax.Array) -> jax.Array:
-        w = jax.lax.dynamic_index_in_dim(w_L, i, keepdims=False).astype(dtype)
-        order = (*range(info.inputs, w.ndim), *range(info.inputs))
-        w = w.transpose(order)
-        return _on(mesh, w, *(info.axes[1:][axis] for axis in order))
-
-    return jax.tree.map(hold, param_table(config)["layers"], stacked, is_leaf=_is_info)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def sampler_rest(rest, config, dtype, mesh):
-    """What `sampler_params` holds beside layers."""
-    table = param_table(config)
-    return {name: _on(mesh, w.astype(dtype), *table[name].axes) for name, w in rest.items()}
-
-
-def _on(mesh: Mesh | None, w: jax.Array, *axes: str) -> jax.Array:
-    if mesh is None:
-        return w
-    return jax.lax.with_sharding_constraint(w, sharding(mesh, w.shape, *axes))
-
-
-def _project_held(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same product as `_project`'s, with a weight whose input axes are last.
-
-    As a product of two matrices: of others XLA for CPUs changes the order of sums with the rows.
-    """
-    inputs, outputs = subscripts.split("->")
-    _, w_axes = inputs.split(",")
-    summed = sum(axis not in outputs for axis in w_axes)
-    rows, size = x.shape[: x.ndim - summed], math.prod(x.shape[x.ndim - summed :])
-    y_NF = _einsum("NE,FE->NF", x.reshape(-1, size), w.reshape(-1, size))
-    return y_NF.reshape(*rows, *w.shape[: w.ndim - summed])
 
 
 @jax.named_scope("qkv")
@@ -463,7 +307,7 @@ def _norm_alike(x_BTE: jax.Array, scale_E: jax.Array, epsilon: float) -> jax.Arr
     with ones sums what is rounded in any case.
     """
     square_NE = (x_BTE.astype(jnp.float32) ** 2).reshape(-1, x_BTE.shape[-1])
-    sum_N8 = _einsum("NE,FE->NF", square_NE, jnp.ones((8, x_BTE.shape[-1])))
+    sum_N8 = einsum("NE,FE->NF", square_NE, jnp.ones((8, x_BTE.shape[-1])))
     return _normed(x_BTE, sum_N8[:, :1].reshape(*x_BTE.shape[:2], 1), scale_E, epsilon)
 
 
@@ -510,8 +354,8 @@ class _Layer(NamedTuple):
     norm: Callable[[jax.Array, jax.Array, float], jax.Array]
 
 
-TRAINER = _Layer(_project, _rms_norm)
-SAMPLER = _Layer(_project_held, _norm_alike)
+TRAINER = _Layer(project, _rms_norm)
+SAMPLER = _Layer(project_held, _norm_alike)
 
 
 def train_flops_per_token(config: ModelConfig, attended: float) -> float:

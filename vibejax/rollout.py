@@ -11,7 +11,8 @@ import numpy as np
 
 from vibejax import goodput, progress
 from vibejax.completions import Completion, EngineConfig, Request
-from vibejax.config import ObjectiveConfig, SamplerConfig
+from vibejax.config.rl import ObjectiveConfig
+from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.engine import Counts, Engine
@@ -90,7 +91,7 @@ def engine_config(config: SamplerConfig, model: ModelConfig) -> EngineConfig:
     return EngineConfig(
         model=model,
         slots=config.slots,
-        context=config.max_prompt_tokens + config.max_completion_tokens,
+        context=config.sequence_tokens,
         window=config.window,
         page_tokens=config.page_tokens,
         pool_tokens=config.pool_tokens,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vibejax import data, qwen2, sharding, tokenizer, train, weights
-from vibejax.config import TrainConfig
+from vibejax.config.training import TrainConfig
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.locations import resolve
 from vibejax.packing import Document

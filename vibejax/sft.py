@@ -23,6 +23,7 @@ from vibejax import (
     distributed,
     goodput,
     memory_plan,
+    meshes,
     optimizer,
     packing,
     preemption,
@@ -36,7 +37,7 @@ from vibejax import (
     weights,
 )
 from vibejax.checkpoint import Checkpoints
-from vibejax.config import SftConfig
+from vibejax.config.sft import SftConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Demonstration, Demonstrations
 from vibejax.locations import resolve
@@ -177,7 +178,7 @@ def set_up(config: SftConfig) -> Setup:
     model = weights.load_config(source) if config.policy else _new_model(config, tokens.vocab)
     if config.context:
         model = dataclasses.replace(model, context=config.context)
-    mesh = _mesh(config, model)
+    mesh = meshes.make(config.mesh, [model], config.train)
     read = _read(config, config.data, tokens, model)
     heldout = _read(config, config.heldout, tokens, model).documents if config.heldout else []
     count = len(read.documents)
@@ -211,19 +212,6 @@ def _new_model(config: SftConfig, vocab: int) -> ModelConfig:
     sizes = config.model.model_dump()
     rope = Rope(theta=sizes.pop("rope_theta"))
     return ModelConfig(**sizes, rope=rope, vocab=vocab)
-
-
-def _mesh(config: SftConfig, model: ModelConfig) -> jax.sharding.Mesh:
-    """The mesh, once all that will lie on it is known to divide over it."""
-    try:
-        mesh = sharding.make_mesh(config.mesh.model_dump())
-        qwen2.param_shardings(model, mesh)
-        shape = (config.train.microbatch_rows, config.train.row_tokens)
-        sharding.sharding(mesh, shape, "batch", "length")
-        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
-    except ValueError as error:
-        raise RunError(f"mesh: {error}") from None
-    return mesh
 
 
 def _read(config: SftConfig, name: str, tokens: Tokenizer, model: ModelConfig) -> Demonstrations:

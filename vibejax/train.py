@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from vibejax import packing, progress, qwen2, sharding
 from vibejax.attention import Implementation
-from vibejax.config import TrainConfig
+from vibejax.config.training import TrainConfig
 from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
 from vibejax.packing import Document
 from vibejax.qwen2 import ModelConfig, Params

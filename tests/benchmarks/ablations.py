@@ -30,12 +30,12 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from vibejax import data, rl, scoring, weights
-from vibejax.config import RlConfig
+from vibejax import data, group_sampling, rl, rl_setup, scoring, weights
+from vibejax.config.rl import RlConfig
 from vibejax.config_file import InputError, errors_in_one_line, load
 from vibejax.data import Prompt
 from vibejax.locations import resolve
-from vibejax.rl import Setup
+from vibejax.rl_setup import Setup
 from vibejax.run_folder import Log, read_log
 from vibejax.train import TrainState
 from vibejax.verifiers.pool import Pool
@@ -118,12 +118,13 @@ def run(out: Path) -> None:
     lines = resolve(config.prompts).read_text().splitlines(keepends=True)
     (out / "train.jsonl").write_text("".join(lines[:-TUNING_PROMPTS]))
     (out / "tuning.jsonl").write_text("".join(lines[-TUNING_PROMPTS:]))
-    setup = rl.set_up(config)
+    setup = rl_setup.set_up(config)
+    tokens = setup.policy.tokenizer
     log = Log(out / "results.jsonl", len(read_log(out / "results.jsonl")))
     # The verdict on a sum leaves nothing behind in a worker: none needs to be replaced.
     with Pool(**config.verifiers.pool_arguments(), recycle_after=10**9) as pool:
         heldout, tuning = (
-            data.read_prompts(path, setup.tokenizer, max_tokens=config.rollout.max_prompt_tokens)
+            data.read_prompts(path, tokens, max_tokens=config.rollout.max_prompt_tokens)
             for path in (resolve(config.heldout), out / "tuning.jsonl")
         )
         bench = Bench(out, log, pool, setup, heldout, tuning)
@@ -148,7 +149,7 @@ def once(bench: Bench, spec: Spec) -> None:
     if spec.rate:
         policy, curves = train(bench, spec)
     else:
-        policy, curves = bench.setup.source, {}
+        policy, curves = bench.setup.policy.path, {}
     trained = time.perf_counter()
     prompts = bench.tuning if spec.phase == "tuning" else bench.heldout
     samples = SAMPLES if spec.phase in ("before", "gamma") else FEWER_SAMPLES
@@ -196,9 +197,9 @@ def evaluate(bench: Bench, policy: Path, prompts: Sequence[Prompt], samples: int
     how = setup.config.eval.model_copy(update={"samples": samples})
     config = setup.config.model_copy(update={"seed": seed, "eval": how})
     with jax.set_mesh(setup.mesh):
-        params = weights.load_params(policy, setup.model, setup.mesh, jnp.float32)
+        params = weights.load_params(policy, setup.policy.model, setup.mesh, jnp.float32)
         state = TrainState(jnp.zeros((), jnp.int32), params, ())
-        rolled = rl.evaluate_heldout(
+        rolled = group_sampling.evaluate_heldout(
             dataclasses.replace(setup, config=config), state, prompts, bench.pool
         )
     correct_NG, length_NG = rolled.correct_NG, rolled.length_NG

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import arithmetic, data, qwen2, sharding, tokenizer, train, weights
+from vibejax import arithmetic, data, sampler_copy, sharding, tokenizer, train, weights
 from vibejax.completions import EngineConfig, Request
-from vibejax.config import TrainConfig
+from vibejax.config.training import TrainConfig
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
 from vibejax.losses import importance
@@ -68,7 +68,7 @@ def disagreement(
     with jax.set_mesh(mesh):
         params = weights.load_params(path, model, mesh, jnp.float32)
     engine = Engine(
-        qwen2.sampler_params(params, model, dtype),
+        sampler_copy.make(params, model, dtype),
         EngineConfig(
             model=model, slots=SLOTS, context=max(map(len, prompts)) + 100, window=8,
             page_tokens=PAGE_TOKENS, pool_tokens=POOL_TOKENS, chunk_tokens=CHUNK_TOKENS,

@@ -64,7 +64,7 @@ def main() -> None:
 def compile_case(case: str, remat: str) -> dict[str, dict[str, float]]:
     """Compiles both programs in this process."""
     from vibejax import qwen2, sharding
-    from vibejax.config import RlConfig
+    from vibejax.config.rl import RlConfig
     from vibejax.planning import programs, slices
     from vibejax.rope import Rope
 

@@ -35,7 +35,7 @@ def main() -> None:
 
 def compile_case(case: str) -> dict:
     """Compiles the window in this process."""
-    from vibejax import decode, qwen2, sharding
+    from vibejax import decode, qwen2, sampler_copy, sharding
     from vibejax.completions import EngineConfig
     from vibejax.engine import Engine
     from vibejax.planning import hlo, programs, projection, slices
@@ -46,7 +46,7 @@ def compile_case(case: str) -> dict:
     room = where.chip.memory_bytes
     model = qwen2.ModelConfig(rope=Rope(theta=1e6), context=CONTEXT)
     config = EngineConfig(model=model, slots=slots, tensor=tensor, memory_bytes=int(0.9 * room))
-    shapes = qwen2.sampler_shapes(model, "bfloat16")
+    shapes = sampler_copy.shapes(model, "bfloat16")
     engine = Engine(shapes, config, where.topology().devices[:count])
     traced = programs.sampler(engine, decode.Sampling(eos_ids=(151_643,)))["window"]()
     compiled = traced.lower(lowering_platforms=(where.chip.platform,)).compile()

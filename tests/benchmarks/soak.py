@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from vibejax import decode, qwen2, tokenizer, weights
+from vibejax import decode, sampler_copy, tokenizer, weights
 from vibejax.completions import EngineConfig, Request
 from vibejax.decode import Sampling
 from vibejax.engine import Engine, engine_mesh
@@ -27,7 +27,7 @@ def main() -> None:
     path = weights.locate("package:vibejax/quickstart/policy")
     model, tokens = weights.load_config(path), tokenizer.load(path)
     mesh = engine_mesh(model, 1, jax.devices()[:1])
-    params = qwen2.sampler_params(
+    params = sampler_copy.make(
         weights.load_params(path, model, mesh, "float32"), model, "float32", mesh
     )
     config = EngineConfig(

@@ -22,7 +22,7 @@ def generate(
     """Completes prompts in batches of `rows`: the number of tokens within their limits.
 
     Args:
-        params: as `qwen2.sampler_params` returns them.
+        params: as `sampler_copy.make` returns them.
         config: the model.
         prompts: [N, T] int32 of one length.
         limits: [N] int32 tokens of each completion.

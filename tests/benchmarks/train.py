@@ -40,9 +40,11 @@ def ours(case: str) -> None:
 
     import jax
 
-    from vibejax import optimizer, qwen2, rl, sharding, train
-    from vibejax.config import OptimizerConfig, RlConfig, TrainConfig
+    from vibejax import optimizer, qwen2, sharding, train
+    from vibejax.config.rl import RlConfig
+    from vibejax.config.training import OptimizerConfig, TrainConfig
     from vibejax.packing import Document
+    from vibejax.policy_programs import SUMS, policy_loss
     from vibejax.rope import Rope
 
     model = qwen2.ModelConfig(**SHAPE, head_dim=64, rope=Rope(theta=1e5), context=8_192)
@@ -71,8 +73,8 @@ def ours(case: str) -> None:
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         adamw = optimizer.make_optimizer(OptimizerConfig(), 100)
-        loss_fn = functools.partial(rl.policy_loss, model=model, config=config)
-        step = train.make_train_step(loss_fn, adamw, lambda _: 1e-6, model, mesh, rl.SUMS)
+        loss_fn = functools.partial(policy_loss, model=model, config=config)
+        step = train.make_train_step(loss_fn, adamw, lambda _: 1e-6, model, mesh, SUMS)
         create = jax.jit(
             lambda key: qwen2.init_params(model, key),
             out_shardings=qwen2.param_shardings(model, mesh),

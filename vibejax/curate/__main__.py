@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vibejax.config import CurateConfig
+from vibejax.config.curate import CurateConfig
 from vibejax.config_file import InputError, errors_in_one_line, parse_args
 from vibejax.curate import evaluation, report, rollouts
 from vibejax.curate.duplicates import Seen

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vibejax.config import CurateConfig
+from vibejax.config.curate import CurateConfig
 from vibejax.curate import duplicates, evaluation, repetition
 from vibejax.curate.evaluation import Index
 from vibejax.curate.letters import Batch, letters, without_layout

@@ -17,8 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vibejax import data, policy, report, run_folder, sharding
-from vibejax.config import DistillConfig
+from vibejax import data, meshes, policy, report, run_folder
+from vibejax.config.distill import DistillConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.distill import summary
 from vibejax.distill.scores import score_traces
@@ -27,7 +27,6 @@ from vibejax.distill.traces import Lesson, Setup, Trace, sample_traces, taught_r
 from vibejax.locations import resolve
 from vibejax.losses import distillation
 from vibejax.losses.distillation import Fate
-from vibejax.run_folder import RunError
 from vibejax.safetensors_folder import write_json
 from vibejax.verifiers.pool import Pool, VerifierFailure
 
@@ -108,14 +107,7 @@ def set_up(config: DistillConfig) -> Setup:
             where = f"{source}:{prompt.index + 1}"
             data.learning_document(taught_record(prompt.record, "1"), student.tokenizer, where)
     models = [student.model, *(lesson.teacher.model for lesson in lessons)]
-    mesh = policy.make_mesh(config.mesh, models)
-    try:
-        shape = (config.train.microbatch_rows, config.train.row_tokens)
-        sharding.sharding(mesh, shape, "batch", "length")
-        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
-    except ValueError as error:
-        raise RunError(f"mesh: {error}") from None
-    return Setup(config, student, lessons, mesh)
+    return Setup(config, student, lessons, meshes.make(config.mesh, models, config.train))
 
 
 def decide(setup: Setup, traces: Mapping[str, list[Trace]], path: Path) -> dict[str, Decided]:

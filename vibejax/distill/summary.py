@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vibejax.config import DistillConfig
+from vibejax.config.distill import DistillConfig
 from vibejax.distill.traces import Lesson, Rejection, Sampled, Trace
 from vibejax.losses.distillation import Fate
 from vibejax.run_folder import RunError

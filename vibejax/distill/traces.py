@@ -16,7 +16,7 @@ import jax
 
 from vibejax import policy
 from vibejax.checkpoint_reader import checksums
-from vibejax.config import DistillConfig
+from vibejax.config.distill import DistillConfig
 from vibejax.data import Prompt, Record
 from vibejax.losses import distillation
 from vibejax.policy import Answers, Policy

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from vibejax import checkpoint_config, qwen2, rl, rollout, sharding
-from vibejax.config import RlConfig
+from vibejax import checkpoint_config, rl_setup, rollout, sampler_copy, sharding
+from vibejax.config.rl import RlConfig
 from vibejax.engine import Engine
 from vibejax.planning import programs, slices
 from vibejax.planning.compiling import Job
@@ -73,8 +73,8 @@ def engine_of(
         EngineError: its plan does not fit.
     """
     return Engine(
-        qwen2.sampler_shapes(model, config.train.dtype),
-        rl.engine_config(config, model, mesh, where.chip.memory_bytes),
+        sampler_copy.shapes(model, config.train.dtype),
+        rl_setup.engine_config(config, model, mesh, where.chip.memory_bytes),
         host,
     )
 

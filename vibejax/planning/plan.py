@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from vibejax import handover, rl, sharding
+from vibejax import handover, meshes, policy, rl_setup
 from vibejax.completions import EngineConfig
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.engine import plan_memory
 from vibejax.memory_plan import MemoryPlan
 from vibejax.planning import jobs, projection, slices, tiles_run, work
@@ -111,18 +111,11 @@ def prepare(config: RlConfig, settings: dict[str, Any], where: Slice, mean_token
     """
     sizes, model = config.mesh.model_dump(), jobs.model_of(settings)
     slices.check_mesh(where, sizes)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
-    if longest > model.context:
-        raise RunError(
-            f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
-            f"the {model.context} positions of {config.policy}"
-        )
+    policy.check_context(config.policy, model, config.rollout)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     try:
-        shape = (config.train.microbatch_rows, config.train.row_tokens)
-        sharding.sharding(mesh, shape, "batch", "length")
-        sharding.context_chunk(config.train.row_tokens, config.mesh.context)
-        engine = rl.engine_config(config, model, mesh, where.chip.memory_bytes)
+        meshes.check_rows(config.train, mesh)
+        engine = rl_setup.engine_config(config, model, mesh, where.chip.memory_bytes)
     except ValueError as error:
         raise RunError(f"mesh: {error}") from None
     if where.devices_a_host % engine.tensor or model.kv_heads % engine.tensor:

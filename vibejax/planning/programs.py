@@ -9,8 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vibejax import batching, decode, handover, qwen2, rl, sharding, train
-from vibejax.config import RlConfig, TrainConfig
+from vibejax import (
+    batching,
+    decode,
+    handover,
+    policy_programs,
+    qwen2,
+    sampler_copy,
+    sharding,
+    train,
+)
+from vibejax.config.rl import RlConfig
+from vibejax.config.training import TrainConfig
 from vibejax.engine import Engine
 from vibejax.kernels import pages
 from vibejax.qwen2 import ModelConfig
@@ -32,10 +42,10 @@ def trainer(config: RlConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Pr
         model: its policy.
         mesh: the devices.
     """
-    run = rl.make_programs(config, model, mesh)
+    run = policy_programs.make(config, model, mesh)
     params = _params(model, mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-    sums = train.Sums(params, scalar, dict.fromkeys(rl.SUMS, scalar))
+    sums = train.Sums(params, scalar, dict.fromkeys(policy_programs.SUMS, scalar))
     channels = ["weight", "advantage", "sampler_logprob"]
     scored = [
         name
@@ -101,7 +111,7 @@ def _hand_over(config, model, mesh, params) -> jax.stages.Traced:
         axis_types=mesh.axis_types,
     )
     dtype = jnp.dtype(config.train.dtype)
-    return qwen2.sampler_layer.trace(params["layers"], 0, model, dtype, everywhere)
+    return sampler_copy.layer.trace(params["layers"], 0, model, dtype, everywhere)
 
 
 def sampler(engine: Engine, how: decode.Sampling) -> Programs:
@@ -131,7 +141,7 @@ def sampler(engine: Engine, how: decode.Sampling) -> Programs:
             shapes,
         )
 
-    params, pools = qwen2.sampler_shapes(model, dtype, mesh), [layer()] * model.layers
+    params, pools = sampler_copy.shapes(model, dtype, mesh), [layer()] * model.layers
     window_rows = decode.Rows(
         *[array(jnp.int32, slots)] * 4,
         *[array(jnp.uint32, slots)] * 2,

@@ -16,7 +16,7 @@ import numpy as np
 
 from vibejax import memory_plan
 from vibejax.completions import EngineConfig
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.engine import kv_dtype as kv_dtype_of
 from vibejax.kernels import decode_attention_tpu
 from vibejax.kernels import pages as pages_
@@ -326,7 +326,7 @@ def recommended(
     """
     pages = max(0, room) // memory.page_bytes
     tokens = pages * config.rollout.page_tokens
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+    longest = config.rollout.sequence_tokens
     # A sequence holds half of its completion on average, and its prompt with its group.
     rows = int(tokens // (mean_tokens / 2 + config.rollout.max_prompt_tokens / 4))
     rows = max(8, min(rows // 8 * 8, 512))

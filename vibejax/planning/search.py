@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vibejax import memory_plan, sharding
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.config_file import InputError
 from vibejax.losses.logprobs import CHUNK_TOKENS
 from vibejax.planning import plan, work

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from vibejax import qwen2, sharding
 from vibejax.completions import EngineConfig
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.memory_plan import MemoryPlan
 from vibejax.planning import tiles_run
 from vibejax.qwen2 import ModelConfig

@@ -1,0 +1,94 @@
+"""A rollout to an optimizer update, and what there is to say about both."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vibejax import distributed, exchange, goodput, rollout, train
+from vibejax.config.rl import ObjectiveConfig
+from vibejax.losses import importance
+from vibejax.packing import Document
+from vibejax.qwen2 import Params
+from vibejax.rl_setup import Setup
+from vibejax.rollout import Rollout
+from vibejax.run_folder import RunError
+from vibejax.train import TrainState
+
+
+@goodput.phase("train")
+def update(
+    setup: Setup, state: TrainState, rolled: Rollout, reference: Params | None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The optimizer update (or updates) on one rollout, and the step's metrics.
+
+    A completion whose advantage is 0 has no gradient and is left out of the rows; loss weights
+    are those of the whole rollout.
+
+    Raises:
+        RunError: sampler and trainer disagree by more than objective.max_mean_dlogp.
+    """
+    config, objective, step = setup.config, setup.config.objective, setup.programs.train_step
+    advantage_NG = rollout.advantages(rolled, objective)
+    documents = rollout.documents(
+        rolled, advantage_NG, objective, max_tokens=config.rollout.max_completion_tokens
+    )
+    slices = np.array_split(np.arange(len(documents)), objective.updates)
+    if objective.updates > 1:
+        documents = _with_channel(setup, state.params, documents, "old_logprob")
+    if reference is not None:
+        documents = _with_channel(setup, reference, documents, "reference_logprob")
+    metrics: dict[str, float] = rollout.group_metrics(rolled)
+    metrics["rollout/groups_mixed"] = float((advantage_NG != 0).any(axis=1).mean())
+    here = [completion.here for group in rolled.completions for completion in group]
+    for part, indices in enumerate(slices):
+        if reference is None:
+            indices = [i for i in indices if documents[i].channels["advantage"].any()]
+        chosen = [documents[i] for i in indices]
+        sums, logprobs = train.sum_documents(
+            step, state.params, chosen, config.train, setup.mesh, exchange.place
+        )
+        if part == 0 and chosen:
+            own = [(d, x) for i, d, x in zip(indices, chosen, logprobs, strict=True) if here[i]]
+            metrics |= _agreement(own, objective)
+        state, values = step.apply(state, sums)
+        metrics |= {name: float(value) for name, value in values.items()}
+        learnt = sum(np.count_nonzero(d.weights) for d in chosen)
+        metrics["policy/clipped"] = metrics.pop("policy/clipped_tokens") / max(learnt, 1)
+        metrics["policy/entropy"] /= max(learnt, 1)
+    return state, metrics
+
+
+def _agreement(
+    own: Sequence[tuple[Document, np.ndarray]], objective: ObjectiveConfig
+) -> dict[str, float]:
+    """Sampler and trainer on all tokens, from this process's documents and their log-probs."""
+    count, metrics = 0, {}
+    if own:
+        logprob_T = np.concatenate([x[d.weights > 0] for d, x in own])
+        sampled_T = np.concatenate([d.channels["sampler_logprob"][d.weights > 0] for d, _ in own])
+        count = len(logprob_T)
+        metrics = importance.agreement(logprob_T, sampled_T, cap=objective.correction_cap)
+    metrics = importance.combined_agreement(distributed.gather([count, metrics]))
+    apart = metrics["agreement/mean_abs_dlogp"]
+    if apart > objective.max_mean_dlogp:
+        raise RunError(
+            f"sampler and trainer disagree: mean |d logp| = {apart:.3g} nats is above "
+            f"objective.max_mean_dlogp = {objective.max_mean_dlogp}"
+        )
+    return metrics
+
+
+def _with_channel(
+    setup: Setup, params: Params, documents: list[Document], name: str
+) -> list[Document]:
+    """The documents with their log-probs under `params` as a further channel."""
+    config = setup.config.train
+    values = train.score_documents(
+        setup.programs.score, params, documents, config, setup.mesh, exchange.place
+    )
+    return [
+        dataclasses.replace(d, channels=d.channels | {name: value})
+        for d, value in zip(documents, values, strict=True)
+    ]
