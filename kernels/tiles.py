@@ -175,7 +175,7 @@ def read(path: str) -> dict[str, dict[str, tuple[int, ...]]]:
         found[chip] = {key: tuple(sizes) for key, sizes in table.items()}
         if keys is TPU_KEYS:
             try:
-                _check_rows(chip, found[chip])
+                check_rows(chip, found[chip])
             except ValueError as error:
                 raise ValueError(f"{path}: {chip}: {error}") from None
     return found
@@ -199,11 +199,16 @@ def _check_sizes(said: str, sizes, ranges, parts: tuple[str, ...]) -> None:
             raise ValueError(f"{said}: {part} must be {rule} from {least} to {most}")
 
 
-def _check_rows(chip: str, table: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError if a chip's tiles need more memory than a kernel may take."""
-    forward, backward, vmem_bytes = _TPU[chip]
-    tiles = (Tile(*table.get(k, v)) for k, v in (("forward", forward), ("backward", backward)))
-    check_vmem(TpuTiles(*tiles, vmem_bytes), "bfloat16", LANES, 1)
+def built_in(chip: str) -> dict[str, tuple[int, ...]]:
+    """The rows and key tokens of a TPU chip where no file says otherwise, by key."""
+    return dict(zip(("forward", "backward"), _TPU[chip][:2], strict=True))
+
+
+def check_rows(chip: str, table: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if the tiles of a chip need more memory than a kernel may take."""
+    sizes = built_in(chip) | table
+    tiles = TpuTiles(Tile(*sizes["forward"]), Tile(*sizes["backward"]), _TPU[chip][2])
+    check_vmem(tiles, "bfloat16", LANES, 1)
 
 
 def gpu_capability(device_kind: str) -> int:
@@ -222,7 +227,13 @@ def tpu_chip(device_kind: str) -> str:
     return TPU_CHIPS[device_kind]
 
 
-def tpu_tiles(chip: str, dtype: str, head_dim: int, group: int) -> TpuTiles:
+def tpu_tiles(
+    chip: str,
+    dtype: str,
+    head_dim: int,
+    group: int,
+    table: dict[str, tuple[int, ...]] | None = None,
+) -> TpuTiles:
     """The tiles of the TPU kernels.
 
     Args:
@@ -230,15 +241,16 @@ def tpu_tiles(chip: str, dtype: str, head_dim: int, group: int) -> TpuTiles:
         dtype: bfloat16 or float32, of queries, keys and values.
         head_dim: a multiple of 64, at most 256.
         group: query heads a key/value head.
+        table: rows and key tokens by key, others than the built-in ones; None: `chosen`.
 
     Raises:
         ValueError: there are no tiles for the chip, or the smallest exceed its on-chip memory.
     """
     if chip not in _TPU:
         raise ValueError(f"no tiles for chip {chip!r}; there are for {', '.join(_TPU)}")
-    forward, backward, vmem_bytes = _TPU[chip]
-    found = chosen(chip)
-    sizes = [found.get("forward", forward), found.get("backward", backward)]
+    vmem_bytes = _TPU[chip][2]
+    found = built_in(chip) | (chosen(chip) if table is None else table)
+    sizes = [found["forward"], found["backward"]]
     if dtype == "float32" or head_dim > 128:  # operands take twice the room
         sizes = [(rows // 2, keys // 2) for rows, keys in sizes]
     while True:

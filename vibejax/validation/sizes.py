@@ -1,4 +1,4 @@
-"""How large the checks are: on a chip as Qwen2.5-Coder-3B has it, interpreted as small as can be."""
+"""How large the checks are: on chips as Qwen2.5-Coder-3B has it, interpreted as small as can be."""
 
 import dataclasses
 
@@ -14,8 +14,9 @@ class Sizes:
         model: whose heads the kernels get; programs run as many of its layers as fit.
         dtype: of programs.
         short_tokens: of rows that are held against the reference.
-        exact_tokens: of rows in float32.
+        exact_tokens: of rows in float32; 0: none.
         long_tokens: of rows that are held against attention in blocks; 0: none.
+        sequences: whose pages are attended to.
         slots: sequences of a device that decode.
         context: tokens of each.
         page_tokens: of a page.
@@ -34,6 +35,7 @@ class Sizes:
     short_tokens: int
     exact_tokens: int
     long_tokens: int
+    sequences: int
     slots: int
     context: int
     page_tokens: int
@@ -49,7 +51,7 @@ class Sizes:
 
 FULL = Sizes(
     model=ModelConfig(rope=Rope(theta=1e6), context=65_536), dtype="bfloat16",
-    short_tokens=2_048, exact_tokens=512, long_tokens=65_536, slots=32, context=4_096,
+    short_tokens=2_048, exact_tokens=512, long_tokens=65_536, sequences=8, slots=32, context=4_096,
     page_tokens=64, window=16, chunk_tokens=128, row_tokens=8_192, sweep_tokens=32_768,
     stream_bytes=2**30, matmul=8_192, collective_bytes=2**28, repeats=7,
 )  # fmt: skip
@@ -61,8 +63,8 @@ QUICK = dataclasses.replace(FULL, long_tokens=0, context=1_024, row_tokens=2_048
 TINY = Sizes(
     model=ModelConfig(rope=Rope(theta=1e6), layers=2, width=128, heads=4, kv_heads=2, head_dim=64,
                       mlp=128, vocab=256, context=256),
-    dtype="float32", short_tokens=64, exact_tokens=32, long_tokens=96, slots=8, context=128,
-    page_tokens=32, window=4, chunk_tokens=16, row_tokens=64, sweep_tokens=128,
+    dtype="float32", short_tokens=48, exact_tokens=0, long_tokens=0, sequences=4, slots=8,
+    context=128, page_tokens=32, window=4, chunk_tokens=16, row_tokens=64, sweep_tokens=128,
     stream_bytes=2**20, matmul=128, collective_bytes=2**16, repeats=2,
 )  # fmt: skip
 """What an interpreter can do in a minute."""
