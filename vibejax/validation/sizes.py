@@ -61,7 +61,7 @@ QUICK = dataclasses.replace(FULL, long_tokens=0, context=1_024, row_tokens=2_048
 """The same in a third of the time."""
 
 TINY = Sizes(
-    model=ModelConfig(rope=Rope(theta=1e6), layers=2, width=128, heads=4, kv_heads=2, head_dim=64,
+    model=ModelConfig(rope=Rope(theta=1e6), layers=1, width=128, heads=4, kv_heads=2, head_dim=64,
                       mlp=128, vocab=256, context=256),
     dtype="float32", short_tokens=48, exact_tokens=0, long_tokens=0, sequences=4, slots=8,
     context=128, page_tokens=32, window=4, chunk_tokens=16, row_tokens=64, sweep_tokens=128,
