@@ -188,25 +188,30 @@ def page_inputs(
 
 
 def _pages(backend: str, implementation, sizes: Sizes) -> Iterator[Case]:
-    def attend(rows: int, *args):
-        return attention.paged_attention(*args, min(GROUP, rows), implementation)
+    def attend(q_BTHD, pages, table_BM, length_B, shared_G):
+        rows, tokens = q_BTHD.shape[:2]
+        if tokens > 1:  # as prompts are computed: no pages are read for several at once
+            shared_G = None
+        group = 1 if shared_G is None else min(GROUP, rows)
+        return attention.paged_attention(
+            q_BTHD, pages, table_BM, length_B, shared_G, group, implementation
+        )
 
     def by_definition(*args):
         return reference.paged_attention(*args[:4])
 
     chunk = f"a chunk of {sizes.chunk_tokens} tokens"
     layouts = [
-        ("one token", sizes.sequences, 1, "bfloat16"),
         ("one token", sizes.sequences, 1, "int8"),
         (chunk, 2, sizes.chunk_tokens, "bfloat16"),
     ]
-    if sizes.exact_tokens:
-        layouts.append(("one token", sizes.sequences, 1, "float32"))
+    if sizes.exact_tokens:  # the interpreter takes its time over each
+        layouts += [("one token", sizes.sequences, 1, dtype) for dtype in ("bfloat16", "float32")]
     for name, rows, tokens, kv_dtype in layouts:
         yield Case(
             f"{backend} attention over pages, {name}, {sizes.context} cached, {kv_dtype} pages",
             functools.partial(page_inputs, sizes, rows, tokens, kv_dtype),
-            functools.partial(attend, rows),
+            attend,
             by_definition,
             "float32" if kv_dtype == "float32" else "bfloat16",
         )

@@ -14,7 +14,7 @@ class Sizes:
         model: whose heads the kernels get; programs run as many of its layers as fit.
         dtype: of programs.
         short_tokens: of rows that are held against the reference.
-        exact_tokens: of rows in float32; 0: none.
+        exact_tokens: of rows in float32; 0: none, and no pages in it.
         long_tokens: of rows that are held against attention in blocks; 0: none.
         sequences: whose pages are attended to.
         slots: sequences of a device that decode.
@@ -64,7 +64,7 @@ TINY = Sizes(
     model=ModelConfig(rope=Rope(theta=1e6), layers=1, width=128, heads=4, kv_heads=2, head_dim=64,
                       mlp=128, vocab=256, context=256),
     dtype="float32", short_tokens=48, exact_tokens=0, long_tokens=0, sequences=4, slots=8,
-    context=128, page_tokens=32, window=4, chunk_tokens=16, row_tokens=64, sweep_tokens=128,
+    context=512, page_tokens=128, window=4, chunk_tokens=16, row_tokens=64, sweep_tokens=128,
     stream_bytes=2**20, matmul=128, collective_bytes=2**16, repeats=2,
 )  # fmt: skip
 """What an interpreter can do in a minute."""
