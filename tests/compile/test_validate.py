@@ -63,7 +63,6 @@ def compile_all(name: str, kind: str) -> None:
                 peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
                 # Beside them lie the inputs in both dtypes and the other side's results.
                 assert 3 * peak + memory.temp_size_in_bytes < room, case.name
-                print(case.name, memory.temp_size_in_bytes, flush=True)
     elif kind == "tiles":
         for backend in here.kernels:
             for sweep in tile_sweep.sweeps(here, backend, sizes):
