@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton
 
 from vibejax.kernels import pages as pages_
 from vibejax.kernels.reference import MASKED
+from vibejax.kernels.tiles import Step
 
 PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors
 PART_TOKENS = 512  # the least worth a program
@@ -64,12 +65,12 @@ def check(q_BTHD, pages, table_BM, length_B, shared_G=None, group: int = 1) -> N
         )
 
 
-def tile_for(rows: int, D: int, dtype) -> Tile:
-    """The tile for this many query rows of a key/value head."""
+def tile_for(rows: int, D: int, dtype, step: Step) -> Tile:
+    """The tile for this many query rows of a key/value head; `step` is for bfloat16."""
     if dtype == jnp.float32:  # without tensor cores, every operand passes through registers
         return Tile(rows=16, tokens=32 if D <= 128 else 16, stages=1)
     rows = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    return Tile(rows=rows, tokens=64 if D <= 128 else 32)
+    return Tile(rows, *step) if D <= 128 else Tile(rows, tokens=32)
 
 
 def paged_attention(
@@ -81,6 +82,7 @@ def paged_attention(
     group: int = 1,
     tile: Tile | None = None,
     parts: int | None = None,
+    step: Step = Step(),  # noqa: B008 - a constant
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of each sequence's last tokens over its cached ones; sums in float32.
@@ -95,6 +97,7 @@ def paged_attention(
         group: sequences of a group, adjacent ones.
         tile: sizes; None takes those of `tile_for`.
         parts: of a sequence; None takes as many as fill the card.
+        step: what `tile_for` takes.
         interpret: runs on a CPU, as `pallas_call` takes it.
 
     Returns:
@@ -104,15 +107,15 @@ def paged_attention(
         ValueError: as `check`.
     """
     check(q_BTHD, pages, table_BM, length_B, shared_G, group)
-    one_pass = functools.partial(_one_pass, tile=tile, parts=parts, interpret=interpret)
+    one_pass = functools.partial(_one_pass, tile=tile, parts=parts, step=step, interpret=interpret)
     return pages_.in_passes(one_pass, q_BTHD, pages, table_BM, length_B, shared_G, group)
 
 
-def _one_pass(q_IKrD, pages, table_IM, begin_I, tokens_I, T, *, tile, parts, interpret):
+def _one_pass(q_IKrD, pages, table_IM, begin_I, tokens_I, T, *, tile, parts, step, interpret):
     I, K, rows, D = q_IKrD.shape  # noqa: E741
     P, _, s, C = pages.kv_PKsC.shape
     M = table_IM.shape[1]
-    tile = tile or tile_for(rows, D, q_IKrD.dtype)
+    tile = tile or tile_for(rows, D, q_IKrD.dtype, step)
     r = -(-rows // tile.rows) * tile.rows
     if parts is None:
         wanted = -(-PROGRAMS // (I * K * (r // tile.rows)))

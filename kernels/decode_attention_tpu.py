@@ -30,11 +30,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from vibejax.kernels import pages as pages_
 from vibejax.kernels.reference import MASKED
+from vibejax.kernels.tiles import Fetch
 
 VMEM_BYTES = 14 * 2**20  # what a v4 has, short of what the compiler keeps
-BLOCK_BYTES = 2**19
 BLOCK_TOKENS = 1_024
-BUFFERS = 6  # of BLOCK_BYTES: in flight together they hide the latency of the fastest memory
 TABLE_ROWS = 4  # in SMEM: the row in use and those on their way
 TABLE_ENTRIES = 32_768  # of a row: four rows take half of SMEM
 WORKERS = 2
@@ -75,11 +74,11 @@ def check(q_BTHD, pages, table_BM, length_B, shared_G=None, group: int = 1) -> N
         )
 
 
-def blocks_for(K: int, rows: int, D: int, s: int, q_dtype, dtype) -> Blocks:
+def blocks_for(K: int, rows: int, D: int, s: int, q_dtype, dtype, fetch: Fetch) -> Blocks:
     """The largest blocks that fit; `rows` are the query rows of a key/value head."""
     page_bytes = 2 * K * s * D * jnp.dtype(dtype).itemsize
-    count = max(1, min(BLOCK_BYTES // page_bytes, BLOCK_TOKENS // s))
-    buffers = BUFFERS
+    count = max(1, min(fetch.block_bytes // page_bytes, BLOCK_TOKENS // s))
+    buffers = fetch.buffers
     while _vmem_bytes(K, rows, D, s, q_dtype, dtype, Blocks(count, buffers)) > VMEM_BYTES:
         if buffers > 3 or (buffers > 2 and count == 1):
             buffers -= 1
@@ -109,6 +108,7 @@ def paged_attention(
     shared_G: jax.Array | None = None,
     group: int = 1,
     blocks: Blocks | None = None,
+    fetch: Fetch = Fetch(),  # noqa: B008 - a constant
     interpret: pltpu.InterpretParams | bool = False,
 ) -> jax.Array:
     """Attention of each sequence's last tokens over its cached ones; sums in float32.
@@ -122,6 +122,7 @@ def paged_attention(
             share: these are read once a group. None: each sequence reads its own.
         group: sequences of a group, adjacent ones.
         blocks: sizes; None takes those of `blocks_for`.
+        fetch: what these begin with.
         interpret: runs on a CPU, as `pallas_call` takes it.
 
     Returns:
@@ -131,7 +132,7 @@ def paged_attention(
         ValueError: as `check`.
     """
     check(q_BTHD, pages, table_BM, length_B, shared_G, group)
-    one_pass = functools.partial(_one_pass, blocks=blocks, interpret=interpret)
+    one_pass = functools.partial(_one_pass, blocks=blocks, fetch=fetch, interpret=interpret)
     return pages_.in_passes(one_pass, q_BTHD, pages, table_BM, length_B, shared_G, group)
 
 
@@ -202,12 +203,12 @@ def _plan(begin_I, tokens_I, s, M, count, workers=WORKERS) -> _Plan:
     return _Plan(*(x.astype(jnp.int32) for x in arrays))
 
 
-def _one_pass(q_IKrD, pages, table_IM, begin_I, tokens_I, T, *, blocks, interpret):
+def _one_pass(q_IKrD, pages, table_IM, begin_I, tokens_I, T, *, blocks, fetch, interpret):
     I, K, rows, D = q_IKrD.shape  # noqa: E741
     s, C = pages.kv_PKsC.shape[2:]
     M = table_IM.shape[1]
     dtype = pages.kv_PKsC.dtype
-    blocks = blocks or blocks_for(K, rows, D, s, q_IKrD.dtype, dtype)
+    blocks = blocks or blocks_for(K, rows, D, s, q_IKrD.dtype, dtype, fetch)
     plan = _plan(begin_I, tokens_I, s, M, blocks.pages)
     # Half a row of lanes is filled with zeros: against a token's key and value that is the key.
     lanes, r = max(D, LANES), -(-rows // 8) * 8

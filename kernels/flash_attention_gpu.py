@@ -32,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from vibejax.kernels import spans
+from vibejax.kernels import tiles as tiles_
 from vibejax.kernels.reference import MASKED
 
 LOG2E = math.log2(math.e)
@@ -91,14 +92,17 @@ def tiles_for(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, capabilit
         raise ValueError(f"head dimension {D}: must be 64, 128 or 256")
     if dtypes == {"float32"}:  # without tensor cores, every operand passes through registers
         return Tiles(*[Tile(query=16, key=16, warps=4, stages=1)] * 3)
-    if capability >= 9:
-        if D == 256:
-            return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2))
-        return Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
-    # Older chips also hold a product's left operand in registers.
+    # Chips before Hopper also hold a product's left operand in registers.
     if D == 256:
+        if capability >= 9:
+            return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2))
         return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2))
-    return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+    if capability >= 9:
+        found = Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
+    else:
+        found = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2))
+    chosen = tiles_.chosen(f"gpu{capability}")
+    return found._replace(**{name: Tile(*chosen[name]) for name in Tiles._fields if name in chosen})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))

@@ -4,8 +4,25 @@ The sizes are those with the fewest cycles in a static replay of what the compil
 (`tests/benchmarks/attention.py`; an optimistic model, good for ranking sizes on one chip), among
 those that leave the copies of a tile at most half of its time. Sizes are given in rows, the query
 tokens of a tile times the query heads that share its keys.
+
+A file named by the environment variable VIBEJAX_TILES puts others in their place, as measured on a
+chip that is there (`tpu/validate.py` writes it). It has a table a chip:
+
+    [v5e]                     # a value of TPU_CHIPS
+    forward = [2048, 512]     # rows and key tokens
+    backward = [1024, 1024]
+    decode = [524288, 6]      # bytes of a block of pages, blocks on their way
+    [gpu9]                    # a GPU of this compute capability, as gpu_capability has it
+    forward = [128, 128, 8, 2]  # query tokens, key tokens, warps, stages; the same for dq and dkv
+    decode = [64, 4, 3]       # key tokens of a step, warps, stages
+
+All are those of bfloat16 heads of at most 128, and what is left out stays as it is here.
 """
 
+import functools
+import os
+import tomllib
+from pathlib import Path
 from typing import NamedTuple
 
 MIB = 2**20
@@ -18,6 +35,32 @@ class Tile(NamedTuple):
 
     query: int
     key: int
+
+
+class Fetch(NamedTuple):
+    """How the TPU kernel over pages copies them.
+
+    Attributes:
+        block_bytes: of one copy, which is the half or less where they do not fit.
+        buffers: blocks on their way; 6 hide the latency of the fastest memory.
+    """
+
+    block_bytes: int = 2**19
+    buffers: int = 6
+
+
+class Step(NamedTuple):
+    """What a program of the GPU kernel over pages works on at a time.
+
+    Attributes:
+        tokens: keys, a power of two, at least 16.
+        warps: that share a program.
+        stages: steps in flight between memory and the multiprocessor.
+    """
+
+    tokens: int = 64
+    warps: int = 4
+    stages: int = 3
 
 
 class TpuTiles(NamedTuple):
@@ -67,6 +110,107 @@ LARGE_GPUS = ("H100", "H200", "H20", "H800", "B100", "B200", "B300")
 """In the name of a GPU: compute capability 9 or more, tiles of Hopper's matrix instructions."""
 
 
+VARIABLE = "VIBEJAX_TILES"
+
+# Of each number of a key: its least and its largest value.
+_ROWS, _KEYS, _WARPS, _STAGES = (LANES, 16_384), (LANES, 16_384), (1, 16), (1, 8)
+_GPU_TILE = ((16, 512), (16, 512), _WARPS, _STAGES)
+TPU_KEYS = {
+    "forward": (_ROWS, _KEYS),
+    "backward": (_ROWS, _KEYS),
+    "decode": ((2**12, 2**22), (2, 16)),
+}
+GPU_KEYS = {
+    "forward": _GPU_TILE,
+    "dq": _GPU_TILE,
+    "dkv": _GPU_TILE,
+    "decode": ((16, 512), _WARPS, _STAGES),
+}
+_COUNTS = ("stages", "buffers")  # which need not be powers of two
+
+
+def chosen(chip: str) -> dict[str, tuple[int, ...]]:
+    """What the file of VIBEJAX_TILES has for a chip, by key; nothing without a file.
+
+    Args:
+        chip: a value of `TPU_CHIPS`, or `gpu8` or `gpu9`.
+
+    Raises:
+        ValueError: the file cannot be used; the message is one line that names file and key.
+    """
+    return overrides().get(chip, {})
+
+
+def overrides() -> dict[str, dict[str, tuple[int, ...]]]:
+    """What the file of VIBEJAX_TILES has, by chip and key; nothing without a file.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    path = os.environ.get(VARIABLE)
+    return read(path) if path else {}
+
+
+@functools.cache
+def read(path: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tiles of a file, by chip and key.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{VARIABLE} = {path}: {error}") from None
+    known = {chip: TPU_KEYS for chip in _TPU} | {"gpu8": GPU_KEYS, "gpu9": GPU_KEYS}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for chip, table in tables.items():
+        if chip not in known or not isinstance(table, dict):
+            raise ValueError(f"{path}: unknown table [{chip}]; known: {', '.join(known)}")
+        keys = known[chip]
+        for key, sizes in table.items():
+            if key not in keys:
+                raise ValueError(f"{path}: unknown key {chip}.{key}; known: {', '.join(keys)}")
+            _check_sizes(f"{path}: {chip}.{key} = {sizes}", sizes, keys[key], _parts(keys, key))
+        found[chip] = {key: tuple(sizes) for key, sizes in table.items()}
+        if keys is TPU_KEYS:
+            try:
+                check_rows(chip, found[chip])
+            except ValueError as error:
+                raise ValueError(f"{path}: {chip}: {error}") from None
+    return found
+
+
+def _parts(keys: dict, key: str) -> tuple[str, ...]:
+    """What the numbers of a key are called."""
+    if keys is TPU_KEYS:
+        return ("bytes", "buffers") if key == "decode" else ("rows", "key tokens")
+    return (*(("key tokens",) if key == "decode" else ("query tokens", "key tokens")),
+            "warps", "stages")  # fmt: skip
+
+
+def _check_sizes(said: str, sizes, ranges, parts: tuple[str, ...]) -> None:
+    if not isinstance(sizes, list) or len(sizes) != len(parts):
+        raise ValueError(f"{said}: must be [{', '.join(parts)}]")
+    for size, (least, most), part in zip(sizes, ranges, parts, strict=True):
+        whole = isinstance(size, int) and not isinstance(size, bool) and least <= size <= most
+        if not whole or (part not in _COUNTS and size & (size - 1)):
+            rule = "a whole number" if part in _COUNTS else "a power of two, so that tiles divide,"
+            raise ValueError(f"{said}: {part} must be {rule} from {least} to {most}")
+
+
+def built_in(chip: str) -> dict[str, tuple[int, ...]]:
+    """The rows and key tokens of a TPU chip where no file says otherwise, by key."""
+    return dict(zip(("forward", "backward"), _TPU[chip][:2], strict=True))
+
+
+def check_rows(chip: str, table: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if the tiles of a chip need more memory than a kernel may take."""
+    sizes = built_in(chip) | table
+    tiles = TpuTiles(Tile(*sizes["forward"]), Tile(*sizes["backward"]), _TPU[chip][2])
+    check_vmem(tiles, "bfloat16", LANES, 1)
+
+
 def gpu_capability(device_kind: str) -> int:
     """The major compute capability whose tiles a GPU takes: 9, or 8 for all others."""
     return 9 if any(name in device_kind for name in LARGE_GPUS) else 8
@@ -83,7 +227,13 @@ def tpu_chip(device_kind: str) -> str:
     return TPU_CHIPS[device_kind]
 
 
-def tpu_tiles(chip: str, dtype: str, head_dim: int, group: int) -> TpuTiles:
+def tpu_tiles(
+    chip: str,
+    dtype: str,
+    head_dim: int,
+    group: int,
+    table: dict[str, tuple[int, ...]] | None = None,
+) -> TpuTiles:
     """The tiles of the TPU kernels.
 
     Args:
@@ -91,13 +241,16 @@ def tpu_tiles(chip: str, dtype: str, head_dim: int, group: int) -> TpuTiles:
         dtype: bfloat16 or float32, of queries, keys and values.
         head_dim: a multiple of 64, at most 256.
         group: query heads a key/value head.
+        table: rows and key tokens by key, others than the built-in ones; None: `chosen`.
 
     Raises:
         ValueError: there are no tiles for the chip, or the smallest exceed its on-chip memory.
     """
     if chip not in _TPU:
         raise ValueError(f"no tiles for chip {chip!r}; there are for {', '.join(_TPU)}")
-    *sizes, vmem_bytes = _TPU[chip]
+    vmem_bytes = _TPU[chip][2]
+    found = built_in(chip) | (chosen(chip) if table is None else table)
+    sizes = [found["forward"], found["backward"]]
     if dtype == "float32" or head_dim > 128:  # operands take twice the room
         sizes = [(rows // 2, keys // 2) for rows, keys in sizes]
     while True:

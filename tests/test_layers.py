@@ -35,6 +35,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"sft", "rl", "distill", "probe", "merge", "evaluate", "clr", "generate", "score", "judge"}
     | {"curate"},
     {"pipeline", "planning"},
+    {"validation"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ELSEWHERE = {"kernels", "tests", "tpu", "configs", "conftest"}  # not importable by these names

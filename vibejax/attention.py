@@ -225,15 +225,26 @@ def paged_attention(
         )
     if backend == "cudnn":
         raise ValueError("attention 'cudnn': must be tpu, gpu, xla or reference over pages")
-    kernels = {"tpu": decode_attention_tpu, "gpu": decode_attention_gpu}
     if backend == "reference":
         decode_attention_xla.check(q_BTHD, pages, table_BM, length_B, shared_G, group)
         attend = lambda *args: reference.paged_attention(*args[:4])  # noqa: E731
     elif backend == "xla":
         attend = functools.partial(decode_attention_xla.paged_attention, group=group)
-    else:
+    elif backend == "tpu":
+        chip = INTERPRETED_CHIP if interpreted else tiles.tpu_chip(kind)
         attend = functools.partial(
-            kernels[backend].paged_attention, group=group, interpret=bool(interpreted)
+            decode_attention_tpu.paged_attention,
+            group=group,
+            fetch=tiles.Fetch(*tiles.chosen(chip).get("decode", ())),
+            interpret=bool(interpreted),
+        )
+    else:
+        capability = tiles.gpu_capability(kind)
+        attend = functools.partial(
+            decode_attention_gpu.paged_attention,
+            group=group,
+            step=tiles.Step(*tiles.chosen(f"gpu{capability}").get("decode", ())),
+            interpret=bool(interpreted),
         )
     queries, of_sequence = spec("batch", None, "heads", None), spec("batch")
     groups = None if shared_G is None else of_sequence

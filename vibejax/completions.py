@@ -11,6 +11,7 @@ import numpy as np
 from vibejax.attention import Implementation
 from vibejax.config_file import InputError
 from vibejax.decode import Sampling
+from vibejax.kernels import tiles
 from vibejax.qwen2 import ModelConfig
 
 Stop = Literal["stop", "length", "loop", "not_finite"]
@@ -105,8 +106,12 @@ def check_config(config: EngineConfig, parts: int) -> None:
     """Whether an engine of `parts` devices, each with slots of its own, can be made.
 
     Raises:
-        EngineError: a size cannot be used.
+        EngineError: a size cannot be used, or the file of VIBEJAX_TILES.
     """
+    try:
+        tiles.overrides()
+    except ValueError as error:
+        raise EngineError(str(error)) from None
     for name in ("slots", "window", "page_tokens", "chunk_tokens", "tensor"):
         if getattr(config, name) < 1:
             raise EngineError(f"{name} {getattr(config, name)}: must be at least 1")

@@ -35,6 +35,7 @@ from jax._src.distributed import global_state as _state  # its key-value store h
 
 from vibejax import config_file, preemption, progress
 from vibejax.config_file import InputError, Section
+from vibejax.kernels import tiles
 
 LOG = logging.getLogger("vibejax")
 VARIABLES = ("VIBEJAX_COORDINATOR", "VIBEJAX_PROCESSES", "VIBEJAX_PROCESS")
@@ -255,11 +256,20 @@ def require_alike(config: Section) -> None:
 
 
 def facts(config: Section) -> dict[str, Any]:
-    """What must be the same in all processes: versions, code and configuration."""
+    """What must be the same in all processes: versions, code, tiles and configuration.
+
+    Raises:
+        StartError: the file of VIBEJAX_TILES cannot be used.
+    """
+    try:
+        chosen = tiles.overrides()
+    except ValueError as error:
+        raise StartError(str(error)) from None
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("jax", "jaxlib", "vibejax")},
         "code of vibejax": code_digest(),
+        "tiles": chosen,
         "configuration": type(config).__name__,
         **config_file.leaves(config),
     }

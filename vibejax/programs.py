@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jax._src.xla_bridge import backends_are_initialized  # has no public name
 
+from vibejax.kernels import tiles
 from vibejax.run_folder import RunError
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -23,8 +24,13 @@ def prepare(*, deterministic: bool) -> None:
             are so anyway.
 
     Raises:
-        RunError: programs have been compiled before, otherwise.
+        RunError: programs have been compiled before, otherwise; or the file of VIBEJAX_TILES
+            cannot be used.
     """
+    try:
+        tiles.overrides()
+    except ValueError as error:
+        raise RunError(str(error)) from None
     flags = os.environ.get("XLA_FLAGS", "")
     if deterministic and DETERMINISTIC not in flags.split():
         if backends_are_initialized() and jax.default_backend() == "gpu":

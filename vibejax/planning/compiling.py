@@ -5,7 +5,7 @@
 is one such process. The compilers are the real ones (extra `compile`: libtpu, the CUDA plugin); no
 device is looked for. What is kept is a folder's `KEY.json` (memory, places of the devices, what
 failed) and `KEY.hlo.gz` (the program); KEY is a hash of the job, of this package's code but for
-`planning`'s arithmetic, and of the versions of jax and the compiler.
+`planning`'s arithmetic, of the tiles of VIBEJAX_TILES, and of the versions of jax and the compiler.
 """
 
 import concurrent.futures
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vibejax.kernels import tiles
 from vibejax.planning import hlo
 
 ENVIRONMENT = {  # the compiler alone: no device is looked for
@@ -166,7 +167,8 @@ def versions() -> dict[str, str]:
 
 
 def _key(job: Job) -> str:
-    said = json.dumps([dataclasses.asdict(job), versions(), _code()], sort_keys=True)
+    facts = [dataclasses.asdict(job), versions(), _code(), tiles.overrides()]
+    said = json.dumps(facts, sort_keys=True)
     return f"{job.slice}-{job.program}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
@@ -187,10 +189,6 @@ def _compile(job: Job) -> Compiled:
 
     traced, mesh = jobs.trace(job)
     platform = "cuda" if mesh.devices.flat[0].platform == "gpu" else "tpu"
-    places = {
-        "coordinates": [[*getattr(d, "coords", [d.id])] for d in mesh.devices.flat],
-        "slices": [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat],
-    }
     start = time.perf_counter()
     try:
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
@@ -198,21 +196,39 @@ def _compile(job: Job) -> Compiled:
         said = str(error)
         if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
             raise
-        return Compiled(job.program, **refusal(said), **places)
+        return Compiled(job.program, **refusal(said), **_places(mesh))
+    found = described(job.program, compiled, mesh)
+    return dataclasses.replace(found, seconds=round(time.perf_counter() - start, 1))
+
+
+def _places(mesh) -> dict[str, Any]:
+    return {
+        "coordinates": [[*getattr(d, "coords", [d.id])] for d in mesh.devices.flat],
+        "slices": [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat],
+    }
+
+
+def described(program: str, compiled, mesh) -> Compiled:
+    """What came out of a compile.
+
+    Args:
+        program: its name.
+        compiled: as `jax.stages.Lowered.compile` returns it.
+        mesh: the devices that it is for.
+    """
     memory, text = compiled.memory_analysis(), compiled.as_text()
     computations = hlo.parse(text)
     runs = hlo.executions(computations, hlo.entry(text))
     return Compiled(
-        job.program,
+        program,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         largest=hlo.largest_buffers(computations, runs),
-        seconds=round(time.perf_counter() - start, 1),
         text=text,
-        **places,
+        **_places(mesh),
     )
 
 
