@@ -14,9 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import batching, decode, memory_plan, packing, qwen2, rl, sharding, train
+from vibejax import (
+    batching,
+    decode,
+    memory_plan,
+    packing,
+    policy_programs,
+    qwen2,
+    sampler_copy,
+    sharding,
+    train,
+)
 from vibejax.completions import EngineConfig, EngineError, Request
-from vibejax.config import RlConfig
+from vibejax.config.rl import RlConfig
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
 from vibejax.packing import Document
@@ -69,7 +79,7 @@ def engine(devices, sizes: Sizes, limit_bytes: int) -> Engine:
             chunk_tokens=sizes.chunk_tokens, memory_bytes=int(0.9 * limit_bytes),
         )  # fmt: skip
         try:
-            return Engine(qwen2.sampler_shapes(model, sizes.dtype), config, devices)
+            return Engine(sampler_copy.shapes(model, sizes.dtype), config, devices)
         except EngineError as error:
             reason = error
     raise reason
@@ -95,7 +105,7 @@ def window_program(engine: Engine) -> Program:
 
 def random_weights(engine: Engine, sizes: Sizes) -> qwen2.Params:
     """The sampler's parameters, made where they are to lie."""
-    shapes = qwen2.sampler_shapes(engine.config.model, sizes.dtype, engine.mesh)
+    shapes = sampler_copy.shapes(engine.config.model, sizes.dtype, engine.mesh)
     leaves, tree = jax.tree.flatten(shapes)
 
     def create(key: jax.Array) -> list[jax.Array]:
@@ -234,7 +244,7 @@ def micro_batch(machine: Machine, sizes: Sizes) -> Found:
     params = jax.jit(qwen2.init_params, static_argnums=0, out_shardings=shardings)(
         model, jax.random.key(0)
     )
-    sums = rl.make_programs(config, model, program.mesh).train_step.zeros()
+    sums = policy_programs.make(config, model, program.mesh).train_step.zeros()
     batch = train.place(train_rows(config, model), program.mesh)
 
     def call() -> jax.Array:
@@ -306,7 +316,7 @@ def agreement(machine: Machine, sizes: Sizes) -> Found:
         model=model, slots=slots, context=4 * tokens, window=sizes.window,
         page_tokens=min(sizes.page_tokens, 4 * tokens), chunk_tokens=sizes.chunk_tokens,
     )  # fmt: skip
-    sampler = Engine(qwen2.sampler_params(params, model, sizes.dtype, mesh), config, device)
+    sampler = Engine(sampler_copy.make(params, model, sizes.dtype, mesh), config, device)
     random = np.random.default_rng(0)
     requests = [
         Request(n, tuple(random.integers(0, model.vocab, tokens + n).tolist()), tokens)
