@@ -27,8 +27,8 @@ from typing import Any
 
 import jax
 
+from vibejax import buckets, manifest, preemption
 from vibejax import config as configs
-from vibejax import manifest, preemption
 from vibejax.config import PipelineConfig, StageConfig
 from vibejax.config_file import (
     ConfigError,
@@ -111,6 +111,7 @@ def plan(config: PipelineConfig, beside: Path) -> list[Step]:
     Raises:
         ConfigError: a stage cannot be run so; one line for each complaint.
     """
+    buckets.on_disk(config.out)
     steps, complaints = [], []
     folders: dict[str, str] = {}
     unknown = [name for name in config.defaults if name not in CONFIGURED]
