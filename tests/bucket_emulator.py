@@ -1,16 +1,16 @@
 """A bucket on this machine: `python tests/bucket_emulator.py` prints its port, and serves it.
 
-gcp-storage-emulator in memory, with what it lacks and tensorstore's writers rely on: the generation
+`serving` does so for tests. It is gcp-storage-emulator in memory, with what it lacks and tensorstore's writers rely on: the generation
 of what is read, and requests that are to be served for one generation only. Bucket `bucket` is
 empty at first; to `forbidden` and `anonymous` all access is refused, as Google does it.
 """
 
+import contextlib
 import functools
+import subprocess
+import sys
 import threading
 from http import HTTPStatus
-
-from gcp_storage_emulator import server
-from gcp_storage_emulator.exceptions import NotFound
 
 REFUSED = {
     "forbidden": (HTTPStatus.FORBIDDEN, "who@example.com does not have storage.objects.create"),
@@ -18,8 +18,23 @@ REFUSED = {
 }
 
 
+@contextlib.contextmanager
+def serving():
+    """A process that serves; gives the variables that tell gcsfs and tensorstore of it."""
+    with subprocess.Popen(
+        [sys.executable, __file__], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        url = f"http://localhost:{process.stdout.readline().strip()}"
+        try:
+            yield {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+        finally:
+            process.kill()
+
+
 def generation(request, storage) -> int:
     """Of the object that a request is about; 0: there is none."""
+    from gcp_storage_emulator.exceptions import NotFound
+
     name = request.params.get("object_id") or request.query.get("name", [""])[0]
     try:
         return int(storage.get_file_obj(request.params["bucket_name"], name)["generation"])
@@ -54,6 +69,8 @@ def exact(handler):
 
 
 if __name__ == "__main__":
+    from gcp_storage_emulator import server
+
     server.HANDLERS = tuple(
         (path, {method: exact(f) for method, f in methods.items()} if "bucket" in path else methods)
         for path, methods in server.HANDLERS
