@@ -1,12 +1,13 @@
 """A bucket on this machine: `python tests/bucket_emulator.py` prints its port, and serves it.
 
-`serving` does so for tests. It is gcp-storage-emulator in memory, with what it lacks and tensorstore's writers rely on: the generation
-of what is read, and requests that are to be served for one generation only. Bucket `bucket` is
-empty at first; to `forbidden` and `anonymous` all access is refused, as Google does it.
+`serving` does so for tests. It is gcp-storage-emulator in memory, with what it lacks and
+tensorstore's writers rely on: the generation of what is read, and requests that are to be served for
+one generation only. Bucket `bucket` is empty at first; to `forbidden` and `anonymous` all access is refused, as Google does it.
 """
 
 import contextlib
 import functools
+import os
 import subprocess
 import sys
 import threading
@@ -78,4 +79,5 @@ if __name__ == "__main__":
     served = server.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
     served.start()
     print(served._api._httpd.server_port, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads what follows
     threading.Event().wait()
