@@ -1,8 +1,9 @@
 """A bucket on this machine: `python tests/bucket_emulator.py` prints its port, and serves it.
 
 `serving` does so for tests. It is gcp-storage-emulator in memory, with what it lacks and
-tensorstore's writers rely on: the generation of what is read, and requests that are to be served for
-one generation only. Bucket `bucket` is empty at first; to `forbidden` and `anonymous` all access is refused, as Google does it.
+tensorstore's writers rely on: the generation of what is read, and requests that are to be served
+for one generation only. Bucket `bucket` is empty at first; to `forbidden` and `anonymous` all
+access is refused, as Google does it.
 """
 
 import contextlib
