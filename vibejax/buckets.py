@@ -191,10 +191,8 @@ class Upload:
         with self._lock, _one_line(self._url, "be written"):
             files = self._files()
             changed = [name for name, state in files.items() if self._there.get(name) != state]
-            # A model's config.json comes last: a folder that has one is whole.
-            models = [name for name in changed if name.endswith("/config.json")]
-            self._put([name for name in changed if name not in models])
-            self._put(models)
+            self._put([name for name in changed if not _last(Path(name))])
+            self._put([name for name in changed if _last(Path(name))])
             gone = [name for name in self._there if name not in files]
             for name in gone:
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
@@ -250,6 +248,11 @@ def upload(path: Path, url: str) -> None:
         _system().put_file(str(path), url.removeprefix(SCHEME))
 
 
+def _last(path: Path) -> bool:
+    """Whether a file comes after all others: a model's folder that has a config.json is whole."""
+    return path.name == "config.json"
+
+
 @contextlib.contextmanager
 def written(name: str) -> Iterator[Path]:
     """Where to write what is to be a file or folder of that name, on disk or in a bucket.
@@ -267,10 +270,9 @@ def written(name: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vibejax-") as folder:
         path = Path(folder) / name.rstrip("/").rpartition("/")[2]
         yield path
-        if path.is_dir():
-            Upload(name, path).sync()
-        elif path.exists():
-            upload(path, name)
+        files = [file for file in [path, *path.rglob("*")] if file.is_file()]
+        for file in sorted(files, key=_last):
+            upload(file, join(name, *file.relative_to(path).parts))
 
 
 def checkpoints(url: str) -> epath.Path:
