@@ -18,8 +18,7 @@ from vibejax.config import SftConfig
 from vibejax.locations import resolve
 from vibejax.run_folder import Log, RunError
 
-pytest.importorskip("gcsfs")
-pytest.importorskip("gcp_storage_emulator")
+pytestmark = bucket_emulator.needed
 
 
 @pytest.fixture(scope="module")

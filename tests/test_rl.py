@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vibejax import run_folder, weights
+from vibejax import buckets, run_folder, weights
 from vibejax.metrics import VARYING
 
 STEPS = 6
@@ -228,15 +228,13 @@ def test_sigterm_twice_and_the_same_command_again(folder, uninterrupted):
     assert saved or reused(out) >= 16
 
 
+@bucket_emulator.needed
 def test_in_a_bucket_killed_ended_and_resumed_from_empty_disks(folder, uninterrupted, monkeypatch):
     """Policy, prompts and run folder in a bucket; what is there alone gives the run on disk."""
-    fsspec = pytest.importorskip("fsspec")
-    pytest.importorskip("gcsfs")
-    pytest.importorskip("gcp_storage_emulator")
     with bucket_emulator.serving() as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        system = fsspec.filesystem("gcs", use_listings_cache=False)
+        system = buckets._system()
         for path in [*(folder / "policy").iterdir(), folder / "task.jsonl"]:
             system.put_file(str(path), f"bucket/{path.relative_to(folder)}")
         settings = ("policy=gs://bucket/policy", "prompts=gs://bucket/task.jsonl",
