@@ -12,7 +12,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"kernels"},
     {"config_file", "preemption"},
     {"progress"},
-    {"config", "sharding", "distributed", "rope", "digests"},
+    {"config", "sharding", "distributed", "rope", "digests", "buckets"},
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
     | {"goodput", "profiling", "weight_products"},
     {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"},

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 
+import bucket_emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from vibejax import run_folder, weights
+from vibejax import buckets, run_folder, weights
 from vibejax.metrics import VARYING
 
 STEPS = 6
@@ -225,6 +226,46 @@ def test_sigterm_twice_and_the_same_command_again(folder, uninterrupted):
     assert done.returncode == 0, done.stderr
     assert_same(out, uninterrupted[0])
     assert saved or reused(out) >= 16
+
+
+@bucket_emulator.needed
+def test_in_a_bucket_killed_ended_and_resumed_from_empty_disks(folder, uninterrupted, monkeypatch):
+    """Policy, prompts and run folder in a bucket; what is there alone gives the run on disk."""
+    with bucket_emulator.serving() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        system = buckets._system()
+        for path in [*(folder / "policy").iterdir(), folder / "task.jsonl"]:
+            system.put_file(str(path), f"bucket/{path.relative_to(folder)}")
+        settings = ("policy=gs://bucket/policy", "prompts=gs://bucket/task.jsonl",
+                    "heldout=gs://bucket/task.jsonl", "resume=auto")  # fmt: skip
+        for disk, number in (("first", signal.SIGKILL), ("second", signal.SIGTERM)):
+            monkeypatch.setenv("XDG_CACHE_HOME", str(folder / disk))
+            process = subprocess.Popen(
+                command(folder, "gs://bucket/run", *settings), stderr=subprocess.PIPE, text=True,
+                env=environment(folder),
+            )  # fmt: skip
+            deadline = time.monotonic() + 240
+            while process.poll() is None:  # until step 3 is done, after the checkpoint of step 2
+                works = [*(folder / disk).glob("vibejax/runs/*")]
+                if works and rows_written(works[0]) >= 4:
+                    break
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+            assert process.returncode == (143 if number == signal.SIGTERM else -9), stderr
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "third"))
+        done = run(folder, "gs://bucket/run", *settings)
+        assert done.returncode == 0, done.stderr
+        out = folder / "from_bucket"
+        system.get("bucket/run/", str(out), recursive=True)
+        (out / "journal").mkdir(exist_ok=True)  # buckets have no empty folders
+        assert_same(out, uninterrupted[0])
+        assert (out / "heldout.jsonl").read_text() == (
+            uninterrupted[0] / "heldout.jsonl"
+        ).read_text()
+        assert reused(out) >= 16, "of step 3, which the process that was asked to end had sampled"
 
 
 def rows_written(out):

@@ -13,9 +13,9 @@ def configured(out, resume="auto", **more):
 
 def test_one_command_begins_and_goes_on(tmp_path):
     config = configured(tmp_path / "run")
-    assert not run_folder.resumes(config)
+    assert not run_folder.resumes(config, tmp_path / "run")
     folder = run_folder.open_run(config, "sft")
-    assert run_folder.resumes(config)
+    assert run_folder.resumes(config, folder)
     written = (folder / "config.toml").read_text()
     assert run_folder.open_run(config, "sft") == folder
     assert (folder / "config.toml").read_text() == written
@@ -30,9 +30,9 @@ def test_a_run_killed_before_it_began_begins(tmp_path):
     """The folder is there, and half a configuration under another name."""
     (tmp_path / "config.part").write_text("policy = ")
     config = configured(tmp_path)
-    assert not run_folder.resumes(config)
+    assert not run_folder.resumes(config, tmp_path)
     run_folder.open_run(config, "sft")
-    assert run_folder.resumes(config) and not (tmp_path / "config.part").exists()
+    assert run_folder.resumes(config, tmp_path) and not (tmp_path / "config.part").exists()
 
 
 def test_what_cannot_be_gone_on_with(tmp_path):

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from vibejax import digests, distributed, goodput, progress
+from vibejax import buckets, digests, distributed, goodput, progress
 from vibejax.run_folder import RunError
 from vibejax.train import TrainState
 
@@ -29,18 +30,20 @@ class DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of one run, by step."""
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int = 0):
+    def __init__(self, folder: Path | epath.Path, *, keep: int, keep_every: int = 0):
         """Opens (or creates) `folder`; only finished checkpoints are seen.
 
         Args:
-            folder: of the run's checkpoints.
+            folder: of the run's checkpoints, on disk or (an epath) in a bucket.
             keep: how many are kept, the newest.
             keep_every: those of its multiples are kept for good; 0: none are.
         """
-        self._folder = folder
+        self.folder = folder
+        self._in_bucket = buckets.named(str(folder))
         logging.getLogger("absl").addFilter(_is_not_raised_again)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        place = folder if self._in_bucket else folder.absolute()
+        self._manager = ocp.CheckpointManager(place, options=options)
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step, of those finished and the one being saved."""
@@ -53,23 +56,27 @@ class Checkpoints:
         An earlier save that failed is reported here.
 
         Raises:
-            RunError: the disk is full, or cannot be written; older checkpoints stay.
+            RunError: disk or bucket is full, or cannot be written; older checkpoints stay.
         """
         if step == self.latest_step():
             return
-        needed, free = state_bytes(state), shutil.disk_usage(self._folder).free
-        if free < needed:
-            raise RunError(
-                f"{self._folder}: the checkpoint of step {step} needs {needed:,} bytes and "
-                f"{free:,} are free; the last good one stays"
-            )
+        if not self._in_bucket:
+            self._require_room(step, state_bytes(state))
         leaves = digests.of_leaves(state)
         record = {"format": FORMAT, "leaves": leaves, "sha256": _sha256(leaves)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), digests=ocp.args.JsonSave(record)
         )
-        with _disk_errors(self._folder), progress.waiting():
+        with _disk_errors(self.folder), progress.waiting():
             self._manager.save(step, args=items, force=True)
+
+    def _require_room(self, step: int, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise RunError(
+                f"{self.folder}: the checkpoint of step {step} needs {needed:,} bytes and "
+                f"{free:,} are free; the last good one stays"
+            )
 
     def restore_latest(self, state: TrainState) -> TrainState:
         """The newest checkpoint that is what was saved, laid out as `state`.
@@ -78,7 +85,8 @@ class Checkpoints:
             `state` itself where no checkpoint was finished.
 
         Raises:
-            RunError: all are damaged, or one holds other arrays or was written by a newer version.
+            RunError: all are damaged, or one holds other arrays, was written by a newer version
+                or cannot be reached.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -91,12 +99,12 @@ class Checkpoints:
                 return restored
             aside = self._set_aside(step)
             print(
-                f"{self._folder / str(step)}: damaged: {complaint or 'another process says so'}; "
+                f"{self.folder / str(step)}: damaged: {complaint or 'another process says so'}; "
                 f"now {aside.name}, the checkpoint before it is taken",
                 file=sys.stderr,
             )
         if steps:
-            raise RunError(f"{self._folder}: no checkpoint is left that is what was saved")
+            raise RunError(f"{self.folder}: no checkpoint is left that is what was saved")
         return state
 
     def _restored(self, step: int, state: TrainState) -> TrainState:
@@ -104,14 +112,14 @@ class Checkpoints:
 
         Raises:
             DamagedError: it is not.
-            RunError: it holds other arrays, or was written by a newer version.
+            RunError: it holds other arrays, was written by a newer version, or cannot be reached.
         """
         record = self._read(step, digests=ocp.args.JsonRestore())
         if not isinstance(record, dict) or not record.keys() >= {"format", "leaves", "sha256"}:
             raise DamagedError("its digests cannot be read")
         if record["format"] != FORMAT:
             raise RunError(
-                f"{self._folder / str(step)}: has format {record['format']}, written by another "
+                f"{self.folder / str(step)}: has format {record['format']}, written by another "
                 f"version; this one reads format {FORMAT}"
             )
         saved = record["leaves"]
@@ -122,7 +130,7 @@ class Checkpoints:
         for name in there | here:
             if there.get(name) != here.get(name):
                 raise RunError(
-                    f"{self._folder / str(step)}: {name} is {there.get(name, 'missing')} there "
+                    f"{self.folder / str(step)}: {name} is {there.get(name, 'missing')} there "
                     f"and {here.get(name, 'missing')} in this run"
                 )
         abstract = jax.tree.map(
@@ -146,15 +154,22 @@ class Checkpoints:
         # What a damaged file makes Orbax, tensorstore and their decoders raise has no one class.
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
+            if self._in_bucket and buckets.unreachable(error):
+                raise RunError(
+                    f"{self.folder / str(step)}: cannot be read now ({lines[0][:300]})"
+                ) from error
             raise DamagedError(f"its {name} cannot be read ({lines[0][:300]})") from error
 
     def _set_aside(self, step: int) -> Path:
         """Renames a checkpoint, so that the run can save at its step again."""
-        folder = self._folder / str(step)
-        number = sum(1 for _ in self._folder.glob(f"damaged-{step}-*")) + 1
-        aside = folder.with_name(f"damaged-{step}-{number}")
+        folder = self.folder / str(step)
+        number = sum(1 for _ in self.folder.glob(f"damaged-{step}-*")) + 1
+        aside = self.folder / f"damaged-{step}-{number}"
         if distributed.first():
-            folder.rename(aside)
+            if self._in_bucket:
+                buckets.move(folder, aside)
+            else:
+                folder.rename(aside)
         _all_processes(True)
         self._manager.reload()
         return aside
@@ -165,7 +180,7 @@ class Checkpoints:
         Raises:
             RunError: it failed.
         """
-        with _disk_errors(self._folder), progress.waiting():
+        with _disk_errors(self.folder), progress.waiting():
             self._manager.wait_until_finished()
         self._manager.close()
 
@@ -200,8 +215,13 @@ class _disk_errors:  # noqa: N801 - reads as a statement
 
     def __exit__(self, kind, error, traceback):
         # tensorstore reports a failed write as ValueError, the rest of Orbax as OSError
-        if isinstance(error, OSError) or (isinstance(error, ValueError) and "rite" in str(error)):
-            first = str(error).strip().splitlines()[0][:300]
+        failed = isinstance(error, OSError) or (
+            isinstance(error, ValueError) and "rite" in str(error)
+        )
+        if buckets.named(str(self._folder)) and isinstance(error, Exception):
+            failed = failed or buckets.unreachable(error)
+        if failed:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise RunError(
                 f"{self._folder}: a checkpoint could not be written ({first}); "
                 "the last good one stays"

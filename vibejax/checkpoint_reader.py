@@ -48,9 +48,9 @@ def locate(model: str) -> Path:
     """The HF folder or GGUF file that the name of a model stands for.
 
     Args:
-        model: an HF folder, a GGUF file, a run folder (its `final/` is meant), or
-            "package:NAME/PATH" for one inside an installed Python package, which is found
-            without being imported.
+        model: an HF folder, a GGUF file, a run folder (its `final/` is meant), one of these in a
+            bucket ("gs://BUCKET/PATH"), or "package:NAME/PATH" for one inside an installed
+            Python package, which is found without being imported.
 
     Raises:
         InputError: there is nothing of the kind.

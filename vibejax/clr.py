@@ -44,6 +44,7 @@ from vibejax.verifiers import worker
 from vibejax.verifiers.pool import Pool, VerifierFailure
 from vibejax.votes import equal_answers
 
+CHANGEABLE = ("repeats",)  # fields in which a resumed run may differ
 EXTRACTION, CHECKING = 1, 2  # the "steps" of the engine's draws; completions have 0
 ANSWERING = ("math", "choice")  # the verifiers that say which answer a completion gives
 
@@ -74,20 +75,22 @@ def run(config: ClrConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     Raises:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
+    run_folder.check_run(config, CHANGEABLE)
     task = read_task(config)
     mesh = meshes.make(config.mesh, [task.policy.model])
-    folder = run_folder.open_run(config, "clr", changeable=("repeats",))
+    folder = run_folder.open_run(config, "clr", CHANGEABLE)
     longest = config.sequence_tokens - config.rollout.max_completion_tokens
     sizes = config.rollout.model_copy(update={"max_prompt_tokens": longest})  # questions included
     load = functools.cache(lambda: policy.load_engine(task.policy, sizes, config.dtype, mesh))
-    log = Log(folder / "clr.jsonl", 0)
-    with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(mesh):
-        for repeat in range(1, config.repeats + 1):
-            for row in votes(task, config, load, pool, folder, repeat):
-                log.write(len(log.rows) + 1, row)
-    log.close()
-    found = clr_results.results(log.rows, claims=config.claims, repeats=config.repeats)
-    write_json(folder / "results.json", {"policy": config.policy, **found})
+    with run_folder.kept(config, folder):
+        log = Log(folder / "clr.jsonl", 0)
+        with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(mesh):
+            for repeat in range(1, config.repeats + 1):
+                for row in votes(task, config, load, pool, folder, repeat):
+                    log.write(len(log.rows) + 1, row)
+        log.close()
+        found = clr_results.results(log.rows, claims=config.claims, repeats=config.repeats)
+        write_json(folder / "results.json", {"policy": config.policy, **found})
     print(clr_results.table(found))
     return folder
 

@@ -98,51 +98,54 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     Raises:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
+    run_folder.check_run(config)
     opened = policy.open_policy(config.policy, config.rollout)
     prompts = {
         name: policy.read_prompts(opened, given.path, config.rollout)
         for name, given in config.sets.items()
     }
     mesh = meshes.make(config.mesh, [opened.model])
-    run_folder.check_run(config)
     arguments = config.verifiers.pool_arguments()
     with open_pool(**arguments | {"max_failure_rate": 1.0}) as pool:
         for name, given in config.sets.items():
             require_verifiable(pool, prompts[name], given.path)
     folder = run_folder.open_run(config, "evaluate")
-    held = _claim(folder, opened)
-    load = functools.cache(lambda: policy.load_engine(opened, config.rollout, config.dtype, mesh))
-    scores = {}
-    start = time.perf_counter()
-    with open_pool(**arguments) as pool, jax.set_mesh(mesh):
-        for name, given in config.sets.items():
-            (folder / "completions").mkdir(exist_ok=True)
-            answered = policy.answers(
-                opened,
-                load,
-                prompts[name],
-                pool,
-                config.rollout,
-                folder / f"completions/{name}.jsonl",
-                samples=given.samples or config.samples,
-                seed=config.seed,
-            )
-            scores[name] = score_of(answered, functools.partial(votes.equal_answers, pool))
-            seconds = time.perf_counter() - start
-            print(f"{name}: {len(answered)} problems after {seconds:.0f} s", file=sys.stderr)
-    write_json(
-        folder / "results.json",
-        {
-            "checkpoint": held,
-            "judge": os.environ.get(rubric_endpoint.MODEL),
-            "config": config.model_dump(),
-            "sets": {
-                name: {"sha256": _sha256(given.path)} | dataclasses.asdict(scores[name])
-                for name, given in config.sets.items()
+    with run_folder.kept(config, folder):
+        held = _claim(folder, opened)
+        load = functools.cache(
+            lambda: policy.load_engine(opened, config.rollout, config.dtype, mesh)
+        )
+        scores = {}
+        start = time.perf_counter()
+        with open_pool(**arguments) as pool, jax.set_mesh(mesh):
+            for name, given in config.sets.items():
+                (folder / "completions").mkdir(exist_ok=True)
+                answered = policy.answers(
+                    opened,
+                    load,
+                    prompts[name],
+                    pool,
+                    config.rollout,
+                    folder / f"completions/{name}.jsonl",
+                    samples=given.samples or config.samples,
+                    seed=config.seed,
+                )
+                scores[name] = score_of(answered, functools.partial(votes.equal_answers, pool))
+                seconds = time.perf_counter() - start
+                print(f"{name}: {len(answered)} problems after {seconds:.0f} s", file=sys.stderr)
+        write_json(
+            folder / "results.json",
+            {
+                "checkpoint": held,
+                "judge": os.environ.get(rubric_endpoint.MODEL),
+                "config": config.model_dump(),
+                "sets": {
+                    name: {"sha256": _sha256(given.path)} | dataclasses.asdict(scores[name])
+                    for name, given in config.sets.items()
+                },
             },
-        },
-    )
-    print(table(scores))
+        )
+        print(table(scores))
     return folder
 
 

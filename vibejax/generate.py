@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from vibejax import data, qwen2, sampler_copy, tokenizer, weights
+from vibejax import buckets, data, qwen2, sampler_copy, tokenizer, weights
 from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.decode import Sampling
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="one prompt; the completion is printed")
     given.add_argument("--prompts", metavar="F.jsonl", help="records to complete")
-    parser.add_argument("--out", type=Path, help="where records go; default: standard output")
+    parser.add_argument("--out", help="where records go; default: standard output")
     parser.add_argument("--raw", action="store_true", help="encode TEXT as it is, without a chat")
     parser.add_argument("--samples", type=int, default=1, help="completions of each prompt")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest completion")
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         for completion in next(groups):
             print(tokens.decode(completion.text_ids))
         return
-    with _sink(args.out) as out:
+    with _sink(None if args.out is None else buckets.on_disk(args.out)) as out:
         for record, group in zip(records, groups, strict=True):
             out.write(json.dumps({**record, "completions": _rows(group, tokens)}) + "\n")
             out.flush()

@@ -76,10 +76,15 @@ class Journal:
         return Entries(own, sorted(self._folder.glob(f"{stem}-*")), heading)
 
     def drop(self, done: int) -> None:
-        """Removes what a run does not need that goes on after `done` steps."""
-        if self._process != 0 or not self._folder.is_dir():
+        """Removes what a run does not need that goes on after `done` steps.
+
+        Each process removes its own files, which it alone has where the run is in a bucket, and
+        the first all.
+        """
+        if not self._folder.is_dir():
             return
-        for path in self._folder.iterdir():
+        files = self._folder.glob("*" if self._process == 0 else f"*-{self._process:05d}")
+        for path in [*files]:
             if int(path.name.partition("-")[0]) < done:
                 path.unlink(missing_ok=True)
 

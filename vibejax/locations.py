@@ -1,8 +1,9 @@
-"""Where a named file or folder lies: on disk, or inside an installed Python package."""
+"""Where a named file or folder lies: on disk, in a bucket or inside an installed package."""
 
 import importlib.util
 from pathlib import Path
 
+from vibejax import buckets
 from vibejax.config_file import InputError
 
 
@@ -10,12 +11,15 @@ def resolve(name: str) -> Path:
     """The path that `name` stands for; whether anything is there is the reader's question.
 
     Args:
-        name: a path, or "package:NAME/PATH" for one inside an installed Python package, which
-            is found without being imported.
+        name: a path; "gs://BUCKET/PATH", which is fetched; or "package:NAME/PATH" for one inside
+            an installed Python package, which is found without being imported.
 
     Raises:
-        InputError: the package is not installed, or PATH leads out of it.
+        InputError: the package is not installed, or PATH leads out of it; or what is in a bucket
+            cannot be fetched.
     """
+    if buckets.named(name):
+        return buckets.fetch(name)
     if not name.startswith("package:"):
         return Path(name)
     package, _, inner = name.removeprefix("package:").partition("/")

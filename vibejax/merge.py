@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from vibejax import tokenizer, weights
+from vibejax import buckets, tokenizer, weights
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.checkpoint_reader import (
     Checkpoint,
@@ -38,6 +38,7 @@ from vibejax.checkpoint_reader import (
     row_pieces,
 )
 from vibejax.config_file import InputError, errors_in_one_line
+from vibejax.locations import resolve
 from vibejax.safetensors_folder import Tensor, published, write_json
 
 SHOWN = 60  # characters of a value in a message
@@ -58,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    parser.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
     parser.add_argument("sources", nargs="*", metavar="MODEL[=WEIGHT]")
     parser.add_argument(
-        "--specialists", type=Path, metavar="PROBE_RUN", help="in place of sources, those it found"
+        "--specialists", metavar="PROBE_RUN", help="in place of sources, those it found"
     )
     parser.add_argument(
         "--dtype",
@@ -74,8 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError("name either sources or the run folder of a probe (--specialists)")
         sources = [parse_source(text) for text in args.sources]
         if args.specialists:
-            sources = specialists(args.specialists)
-        merge(args.out, sources, args.dtype)
+            sources = specialists(resolve(args.specialists))
+        with buckets.written(args.out) as out:
+            merge(out, sources, args.dtype)
         for source, share in zip(sources, shares(sources), strict=True):
             print(f"{share:.4f}  {source.model}")
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from vibejax import manifest, preemption
+from vibejax import buckets, manifest, preemption
 from vibejax.config.clr import ClrConfig
 from vibejax.config.curate import CurateConfig
 from vibejax.config.distill import DistillConfig
@@ -118,6 +118,7 @@ def plan(config: PipelineConfig, beside: Path) -> list[Step]:
     Raises:
         ConfigError: a stage cannot be run so; one line for each complaint.
     """
+    buckets.on_disk(config.out)
     steps, complaints = [], []
     folders: dict[str, str] = {}
     unknown = [name for name in config.defaults if name not in CONFIGURED]

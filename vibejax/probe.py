@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vibejax import meshes, policy, report, rollout, run_folder, scoring
+from vibejax import buckets, meshes, policy, report, rollout, run_folder, scoring
 from vibejax.checkpoint_reader import checksums
 from vibejax.config.probe import ProbeConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -35,6 +35,7 @@ from vibejax.run_folder import Log, RunError
 from vibejax.safetensors_folder import write_json
 from vibejax.verifiers.pool import Pool, VerifierFailure
 
+CHANGEABLE = ("checkpoints", "domains")  # fields in which a resumed run may differ
 DRAWS = 0  # the "step" of the engine's draws: the same for all checkpoints, so scores are paired
 
 
@@ -91,9 +92,23 @@ def run(config: ProbeConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
     config = _expanded(config)
+    run_folder.check_run(config, CHANGEABLE)
     subjects = [read_subject(config, name) for name in config.checkpoints]
     mesh = meshes.make(config.mesh, [subject.policy.model for subject in subjects])
-    folder = run_folder.open_run(config, "probe", changeable=("checkpoints", "domains"))
+    folder = run_folder.open_run(config, "probe", CHANGEABLE)
+    with run_folder.kept(config, folder):
+        _score(config, subjects, mesh, folder, open_pool)
+    return folder
+
+
+def _score(
+    config: ProbeConfig,
+    subjects: Sequence[Subject],
+    mesh: jax.sharding.Mesh,
+    folder: Path,
+    open_pool: Callable[..., Pool],
+) -> None:
+    """Writes the table of all scores, old and new, into the run folder."""
     path = folder / "scores.jsonl"
     log = Log(path, len(run_folder.read_log(path)))
     rows = []
@@ -124,13 +139,14 @@ def run(config: ProbeConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         folder / "probe.png",
     )
     print(table(scores, best, config))
-    return folder
 
 
 def _expanded(config: ProbeConfig) -> ProbeConfig:
     """The configuration with every pattern replaced by the folders it matches, by their names."""
     names = []
     for name in config.checkpoints:
+        if buckets.named(name) and glob.has_magic(name):
+            raise RunError(f"checkpoints: {name}: patterns match folders on disk; name each")
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not found:
             raise RunError(f"checkpoints: nothing matches {name}")

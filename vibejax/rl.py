@@ -88,6 +88,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used, or the run cannot go on.
     """
     began = time.perf_counter()
+    run_folder.check_run(config)
     goodput.start()
     programs.prepare(deterministic=config.deterministic)
     setup = rl_setup.set_up(config)
@@ -100,6 +101,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     journal = Journal(folder / "journal", config, distributed.process())
     setup = dataclasses.replace(setup, journal=journal)
     with (
+        run_folder.kept(config, folder) as keep,
         watchdog.watching(config.watchdog_s),
         distributed.log_file(folder),
         open_pool(**config.verifiers.pool_arguments()) as pool,
@@ -143,7 +145,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                 checkpoints.save(step - 1, state)
                 raise RunError(
                     f"step {step}: the loss or the gradient is not finite; the state after step "
-                    f"{step - 1} is saved in {folder / 'checkpoints'}"
+                    f"{step - 1} is saved in {checkpoints.folder}"
                 )
             values |= rollout.engine_metrics(exchange.total(setup.engine.counts)) | {
                 "time/step_s": time.perf_counter() - start,
@@ -157,6 +159,8 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             if step == config.steps or step % config.checkpoint.every == 0:
                 for log in (metrics.log, evaluations, samples):
                     log.sync()
+                with goodput.phase("save"):
+                    keep()
                 saved = checkpoints.latest_step()
                 checkpoints.save(step, state)
                 journal.drop(saved or 0)  # that one is finished now
@@ -176,7 +180,8 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
 
 def _checkpoints(folder: Path, config: RlConfig) -> Checkpoints:
     kept = config.checkpoint
-    return Checkpoints(folder / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
+    place = run_folder.checkpoints(config, folder)
+    return Checkpoints(place, keep=kept.keep, keep_every=kept.keep_every)
 
 
 def _load(setup: Setup) -> Params:

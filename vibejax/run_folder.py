@@ -3,17 +3,22 @@
 A folder holds config.toml, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
 checkpoints/, logs/, exports/ and, at the end, final/; the last two hold HF folders. While an RL run
 samples, journal/ holds what it has sampled. All processes of a run see the same folder; the first
-one writes what is not named after a process.
+one writes what is not named after a process. Where `out` names a folder of a bucket, each process
+has a working folder instead, as `buckets` says.
 """
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vibejax import config_file, distributed
+from etils import epath
+
+from vibejax import buckets, config_file, distributed
 from vibejax.config_file import InputError, Section
 
 C = TypeVar("C", bound=Section)
@@ -33,29 +38,39 @@ def check_run(config: Section, changeable: Sequence[str] = ()) -> None:
         changeable: as for `open_run`.
 
     Raises:
-        RunError: as `open_run` does.
+        InputError: as `open_run` does.
     """
-    distributed.from_first(lambda: _check(config, changeable))
+    distributed.from_first(lambda: str(_checked(config, changeable)))
 
 
-def _check(config: Section, changeable: Sequence[str]) -> None:
+def _checked(config: Section, changeable: Sequence[str]) -> Path:
+    """Where the run's files are on this machine, those of a bucket as they are there."""
+    folder = Path(config.out)
+    if buckets.named(config.out):
+        buckets.require_writable(config.out)
+        folder = buckets.work_folder(config.out, distributed.process())
+        buckets.restore(config.out, folder, distributed.process())
+    _check(config, folder, changeable)
+    return folder
+
+
+def _check(config: Section, folder: Path, changeable: Sequence[str]) -> None:
     if not config.out:
         if config.resume:
             given = json.dumps(config.resume)
             raise RunError(f"resume = {given} needs out, the folder of the run to go on with")
         return
-    folder = Path(config.out)
-    if not resumes(config):
+    if not resumes(config, folder):
         if config.resume == "auto":
             if folder.exists() and not folder.is_dir():
-                raise RunError(f"{folder}: is not a folder")
+                raise RunError(f"{config.out}: is not a folder")
             return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder}: exists; choose another out, or go on with resume = true")
+        if _taken(config, folder):
+            raise RunError(f"{config.out}: exists; choose another out, or go on with resume = true")
         return
     stored_path = folder / "config.toml"
     if not stored_path.is_file():
-        raise RunError(f"{folder}: has no config.toml, so there is no run to resume")
+        raise RunError(f"{config.out}: has no config.toml, so there is no run to resume")
     stored = config_file.load(type(config), stored_path)
     differing = [
         line
@@ -64,19 +79,26 @@ def _check(config: Section, changeable: Sequence[str]) -> None:
     ]
     if differing:
         raise RunError(
-            f"{folder}: cannot resume with another configuration: {'; '.join(differing)}"
+            f"{config.out}: cannot resume with another configuration: {'; '.join(differing)}"
         )
 
 
-def resumes(config: Section) -> bool:
+def _taken(config: Section, folder: Path) -> bool:
+    if buckets.named(config.out):
+        return buckets.holds_something(config.out)
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def resumes(config: Section, folder: Path) -> bool:
     """Whether a run goes on in its folder; where `resume` is "auto", whether it has begun there."""
     if config.resume == "auto":
-        return (Path(config.out) / "config.toml").is_file()
+        return (folder / "config.toml").is_file()
     return config.resume
 
 
 def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Path:
-    """The folder of a run: `config.out`, or a fresh numbered one under runs/.
+    """The folder of a run: `config.out`, the working folder of one in a bucket, or a fresh numbered
+    one under runs/.
 
     Args:
         config: the run's.
@@ -87,20 +109,70 @@ def open_run(config: Section, stage: str, changeable: Sequence[str] = ()) -> Pat
     Raises:
         RunError: a named folder exists and `resume` is not set, or it is set and there is
             nothing to resume, or the stored configuration differs.
+        BucketError: the bucket cannot be read and written.
     """
-    return Path(distributed.from_first(lambda: str(_open(config, stage, changeable))))
+    folder = Path(distributed.from_first(lambda: str(_open(config, stage, changeable))))
+    if buckets.named(config.out) and not distributed.first():
+        folder = buckets.work_folder(config.out, distributed.process())
+        buckets.restore(config.out, folder, distributed.process())
+    return folder
 
 
 def _open(config: Section, stage: str, changeable: Sequence[str]) -> Path:
-    _check(config, changeable)
-    if resumes(config) and not changeable:
-        return Path(config.out)
-    folder = Path(config.out) if config.out else _fresh(stage)
+    folder = _checked(config, changeable)
+    if resumes(config, folder) and not changeable:
+        return folder
+    folder = folder if config.out else _fresh(stage)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "config.part"
     part.write_text(config_file.dump(config))
     part.replace(folder / "config.toml")  # with it a run has begun
+    if buckets.named(config.out):
+        buckets.upload(folder / "config.toml", buckets.join(config.out, "config.toml"))
     return folder
+
+
+@contextlib.contextmanager
+def kept(config: Section, folder: Path) -> Iterator[Callable[[], None]]:
+    """Has a run's bucket, where it has one, hold what its working folder does; see `buckets`.
+
+    Of several processes each goes on when all have uploaded what is theirs.
+
+    Args:
+        config: the run's.
+        folder: as `open_run` gave it.
+
+    Yields:
+        What is to be called before a checkpoint is saved: it waits until the bucket has all.
+
+    Raises:
+        BucketError: what the run leaves could not be uploaded; it is in its working folder.
+    """
+    if not buckets.named(config.out):
+        yield lambda: None
+        return
+    upload = buckets.Upload(config.out, folder)
+    upload.begin()
+    try:
+        yield upload.sync
+    except BaseException:
+        upload.close()
+        try:
+            upload.sync()
+        except buckets.BucketError as error:  # why the run ends is said by what is raised
+            print(f"{error}; what it lacks is in {folder}", file=sys.stderr)
+        raise
+    upload.close()
+    try:
+        upload.sync()
+    except buckets.BucketError as error:
+        raise buckets.BucketError(f"{error}; what it lacks is in {folder}") from error
+    distributed.gather(None)  # who ends early is missed by those who still upload
+
+
+def checkpoints(config: Section, folder: Path) -> Path | epath.Path:
+    """Where a run's checkpoints are: in its folder, or in the bucket itself."""
+    return buckets.checkpoints(config.out) if buckets.named(config.out) else folder / "checkpoints"
 
 
 def _fresh(stage: str) -> Path:

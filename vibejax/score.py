@@ -8,13 +8,12 @@ token, the first null since nothing comes before it.
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import data, qwen2, sharding, tokenizer, train, weights
+from vibejax import buckets, data, qwen2, sharding, tokenizer, train, weights
 from vibejax.config.training import TrainConfig
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.locations import resolve
@@ -31,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("records", metavar="F.jsonl")
-    parser.add_argument("--out", type=Path, help="default: standard output")
+    parser.add_argument("--out", help="default: standard output")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
                         help="default: bfloat16 on accelerators, float32 on CPU")  # fmt: skip
     with errors_in_one_line():
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     score = jax.jit(lambda params, rows: train.row_logprobs(params, rows, model, config).logprob_BT)
     with jax.set_mesh(mesh):
         params = weights.load_params(path, model, mesh, jnp.float32)
-        out = sys.stdout if args.out is None else args.out.open("w")
+        out = sys.stdout if args.out is None else buckets.on_disk(args.out).open("w")
         for start in range(0, len(records), RECORDS_AT_ONCE):
             part = records[start : start + RECORDS_AT_ONCE]
             documents = [

@@ -104,13 +104,14 @@ def run(config: SftConfig) -> Path:
     programs.prepare(deterministic=config.deterministic)
     setup = set_up(config)
     folder = run_folder.open_run(config, "sft")
-    kept = config.checkpoint
+    kept, place = config.checkpoint, run_folder.checkpoints(config, folder)
     with (
+        run_folder.kept(config, folder) as keep,
         watchdog.watching(config.watchdog_s),
         distributed.log_file(folder),
         jax.set_mesh(setup.mesh),
         contextlib.closing(
-            Checkpoints(folder / "checkpoints", keep=kept.keep, keep_every=kept.keep_every)
+            Checkpoints(place, keep=kept.keep, keep_every=kept.keep_every)
         ) as checkpoints,
     ):
         adamw = optimizer.make_optimizer(config.optimizer, setup.steps)
@@ -146,7 +147,7 @@ def run(config: SftConfig) -> Path:
                 checkpoints.save(step - 1, state)
                 raise RunError(
                     f"step {step}: the loss or the gradient is not finite; the state after step "
-                    f"{step - 1} is saved in {folder / 'checkpoints'}"
+                    f"{step - 1} is saved in {checkpoints.folder}"
                 )
             row = {name: float(value) for name, value in values.items()}
             row |= _counts(setup, batch, step)
@@ -159,6 +160,8 @@ def run(config: SftConfig) -> Path:
                 _export(setup, state, folder / "exports" / f"step-{step:06d}")
             if last or step % config.checkpoint.every == 0:
                 metrics.log.sync()
+                with goodput.phase("save"):
+                    keep()
                 checkpoints.save(step, state)
         for file in (metrics, checkpoints, profile):
             file.close()

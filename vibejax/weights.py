@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from vibejax import checkpoint_config, gguf_tokenizer, qwen2, safetensors_folder, tokenizer
+from vibejax import buckets, checkpoint_config, gguf_tokenizer, qwen2, safetensors_folder, tokenizer
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.checkpoint_reader import (
     cast,
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("src")
-        command.add_argument("dst", type=Path)
+        command.add_argument("dst")
         command.add_argument(
             "--dtype", choices=DTYPES, help="default: the source's own; float32 for GGUF"
         )
@@ -377,10 +377,11 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.command == "info":
             print(describe(src))
             return
-        if parsed.dst.exists():
-            raise CheckpointError(f"{parsed.dst}: exists; name a new folder")
-        convert(src, parsed.dst, parsed.dtype)
-        backend = _backend(parsed.dst)
+        with buckets.written(parsed.dst) as dst:
+            if dst.exists():
+                raise CheckpointError(f"{dst}: exists; name a new folder")
+            convert(src, dst, parsed.dtype)
+            backend = _backend(dst)
         if backend is not None and not gguf_tokenizer.splits_like_qwen2(backend):
             print(f"{parsed.dst}: {_OTHER_WORDS}", file=sys.stderr)
 

@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from vibejax import buckets
 from vibejax.config.curate import CurateConfig
 from vibejax.config_file import InputError, errors_in_one_line, parse_args
 from vibejax.curate import evaluation, report, rollouts
@@ -100,7 +101,7 @@ def _evaluation_sets(config: CurateConfig) -> list[tuple[str, Path]]:
 
 def _outputs(config: CurateConfig, read: list[Path]) -> dict[str, Path]:
     """The files that are written, none of which is read."""
-    out = Path(config.out)
+    out = buckets.on_disk(config.out)
     if out.suffix not in SUFFIXES:
         raise InputError(f"out = {config.out!r}: must end with {' or '.join(SUFFIXES)}")
     if not out.absolute().parent.is_dir():

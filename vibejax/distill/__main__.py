@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vibejax import data, meshes, policy, report, run_folder
+from vibejax import buckets, data, meshes, policy, report, run_folder
 from vibejax.config.distill import DistillConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.distill import summary
@@ -53,34 +53,36 @@ def run(config: DistillConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     run_folder.check_run(config, CHANGEABLE)
     setup = set_up(config)
     folder = run_folder.open_run(config, "distill", CHANGEABLE)
-    chosen = folder / "chosen.jsonl"
-    chosen.unlink(missing_ok=True)  # it may be another selection's
-    (folder / "trajectories").mkdir(exist_ok=True)
-    with jax.set_mesh(setup.mesh):
-        with open_pool(**config.verifiers.pool_arguments()) as pool:
-            sampled = sample_traces(setup, pool, folder / "trajectories")
-        for domain, traces in sampled.traces.items():
-            summary.require(traces, domain, summary.count(sampled, {}), config)
-        decided = decide(setup, sampled.traces, folder / "scores.jsonl")
-    counts = summary.count(sampled, decided)
-    cells = summary.summarize(decided, counts, config)
-    teachers = summary.by_teacher(setup.lessons, decided, config.samples)
-    write_json(folder / "report.json", {"teachers": teachers, "cells": cells})
-    for domain, found in decided.items():
-        summary.require(found.chosen_B, domain, counts, config)
-    report.draw_distillation(
-        {
-            domain: (found.score_B, np.array([t.length for t in found.traces]), found.chosen_B)
-            for domain, found in decided.items()
-        },
-        config.selection.edges,
-        folder / "report.png",
-    )
-    write_chosen(decided, chosen)
-    print(summary.table(cells))
-    settings = (f"policy={config.student}", f"data={chosen}")
-    words = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-    print(f"python -m vibejax.sft configs/sft_distill.toml {words}")
+    with run_folder.kept(config, folder):
+        chosen = folder / "chosen.jsonl"
+        chosen.unlink(missing_ok=True)  # it may be another selection's
+        (folder / "trajectories").mkdir(exist_ok=True)
+        with jax.set_mesh(setup.mesh):
+            with open_pool(**config.verifiers.pool_arguments()) as pool:
+                sampled = sample_traces(setup, pool, folder / "trajectories")
+            for domain, traces in sampled.traces.items():
+                summary.require(traces, domain, summary.count(sampled, {}), config)
+            decided = decide(setup, sampled.traces, folder / "scores.jsonl")
+        counts = summary.count(sampled, decided)
+        cells = summary.summarize(decided, counts, config)
+        teachers = summary.by_teacher(setup.lessons, decided, config.samples)
+        write_json(folder / "report.json", {"teachers": teachers, "cells": cells})
+        for domain, found in decided.items():
+            summary.require(found.chosen_B, domain, counts, config)
+        report.draw_distillation(
+            {
+                domain: (found.score_B, np.array([t.length for t in found.traces]), found.chosen_B)
+                for domain, found in decided.items()
+            },
+            config.selection.edges,
+            folder / "report.png",
+        )
+        write_chosen(decided, chosen)
+        print(summary.table(cells))
+        data_file = buckets.join(config.out, chosen.name) if buckets.named(config.out) else chosen
+        settings = (f"policy={config.student}", f"data={data_file}")
+        words = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+        print(f"python -m vibejax.sft configs/sft_distill.toml {words}")
     return folder
 
 
