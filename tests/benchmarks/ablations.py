@@ -45,7 +45,7 @@ matplotlib.use("Agg")  # files only: no display is needed or opened
 from matplotlib import pyplot as plt
 
 GAMMAS = (0.0, 1.0, 2.0, 4.0)
-RATES = (1.5e-4, 3e-4, 6e-4)
+RATES = (0.75e-4, 1.5e-4, 3e-4, 6e-4)
 SEEDS, TUNING_SEEDS, START_SEED = (0, 1, 2, 3, 4), (100,), 102
 TUNING_PROMPTS = 512
 SAMPLES, FEWER_SAMPLES = 8, 2  # fewer where pass@8 is not asked for: tuning and Long2Short
