@@ -1,4 +1,8 @@
-"""What tpu/validate.py runs on a chip, through the real compilers, for chips that are not here."""
+"""What tpu/validate.py runs on a chip, through the real compilers, for chips that are not here.
+
+The kernels and the micro-batch take minutes, and are compiled by hand:
+    JAX_PLATFORMS=cpu python tests/compile/test_validate.py v5e-1 kernels
+"""
 
 import functools
 import os
@@ -9,17 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("kernels", "window", "micro_batch", "tiles")
+KINDS = ("window", "tiles")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["v5e-1", "h100-1"])
 def test_what_is_tried_on_a_chip_compiles_for_it(name, kind):
-    from vibejax.planning.compiling import ENVIRONMENT
-
     done = subprocess.run(
         [sys.executable, __file__, name, kind],
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=900, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3_000:]
@@ -82,4 +84,7 @@ def compile_all(name: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
+    from vibejax.planning.compiling import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)  # before jax is there
     compile_all(*sys.argv[1:])
