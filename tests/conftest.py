@@ -19,6 +19,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+# A file is one worker's work: those of minutes begin first, so that none is waited for alone.
+LONGEST = ("test_rl.py", "test_distributed.py", "test_engine.py", "test_sft.py",
+           "test_decode_attention_tpu.py", "test_train.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def optimised():
     """Programs as they are compiled for users."""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vibejax import buckets, run_folder, weights
+from vibejax import buckets, rl, run_folder, weights
 from vibejax.metrics import VARYING
 
 STEPS = 6
@@ -289,23 +289,36 @@ def test_resume_of_a_finished_run_changes_nothing(folder, uninterrupted):
         ([], "exists; choose another out, or go on with resume = true"),
         (["out=nowhere", "resume=true"], "has no config.toml, so there is no run to resume"),
         (["rollout.max_completion_tokens=99", "train.row_tokens=128", "out=x"], "= 107 is more th"),
-        (["prompts=missing.jsonl", "out=x"], "missing.jsonl: no such file"),
+        (["prompts=missing.jsonl", "out=x", "mesh.data=8"], "missing.jsonl: no such file"),
         (["policy=missing", "out=x"], "missing: no such file or folder"),
-        (["mesh.fsdp=3", "out=x"], "fsdp=3 x context=1 x tensor=1 needs 3 devices, found 1"),
+        (["mesh.fsdp=3", "out=x"], "fsdp=3 x context=1 x tensor=1 needs 3 devices, found 8"),
         (
-            ["curriculum_steps=2", "out=x"],
+            ["curriculum_steps=2", "out=x", "mesh.data=8"],
             "prompt 1: a curriculum needs its 'accuracy' between 0 and",
         ),
         (["train.microbatch_rows=0"], "train.microbatch_rows = 0: must be greater than"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_bad_input_is_one_line(folder, uninterrupted, tmp_path, settings, message):
-    done = run(folder, uninterrupted[0], *settings, cwd=tmp_path)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_bad_input_is_one_line(
+    folder, uninterrupted, tmp_path, monkeypatch, capfd, settings, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command(folder, uninterrupted[0], *settings)[2:])
+    with pytest.raises(SystemExit) as ended:
+        rl.main()
+    stderr = capfd.readouterr().err
+    assert ended.value.code not in (0, None)
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr
     assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+
+
+def test_a_process_that_cannot_start_says_so_and_fails(folder, uninterrupted):
+    done = run(folder, uninterrupted[0])
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("choose another out, or go on with resume = true")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_options_of_the_objective_run_together(folder, tmp_path):
