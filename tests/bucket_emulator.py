@@ -8,20 +8,12 @@ access is refused, as Google does it.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
 import threading
 from http import HTTPStatus
 
-import pytest
-
-# They are looked for and not imported: buckets.py has settings for gcsfs that come before that.
-needed = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("gcsfs", "gcp_storage_emulator"))),
-    reason="needs gcsfs and gcp-storage-emulator, of the extra `test`",
-)
 REFUSED = {
     "forbidden": (HTTPStatus.FORBIDDEN, "who@example.com does not have storage.objects.create"),
     "anonymous": (HTTPStatus.UNAUTHORIZED, "Anonymous caller does not have storage.objects.create"),

@@ -18,8 +18,6 @@ from vibejax.config.sft import SftConfig
 from vibejax.locations import resolve
 from vibejax.run_folder import Log, RunError
 
-pytestmark = bucket_emulator.needed
-
 
 @pytest.fixture(scope="module")
 def emulator():

@@ -228,7 +228,6 @@ def test_sigterm_twice_and_the_same_command_again(folder, uninterrupted):
     assert saved or reused(out) >= 16
 
 
-@bucket_emulator.needed
 def test_in_a_bucket_killed_ended_and_resumed_from_empty_disks(folder, uninterrupted, monkeypatch):
     """Policy, prompts and run folder in a bucket; what is there alone gives the run on disk."""
     with bucket_emulator.serving() as variables:
