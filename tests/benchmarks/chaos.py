@@ -205,6 +205,7 @@ def main() -> None:
         whole_s = time.monotonic() - began
         ends, slowest_s = run_in_chaos(folder, chaos, args.processes, attacks, whole_s, draw)
         found = read_log(chaos / "metrics.jsonl")
+        struck = sum(times for end, times in ends.items() if not end.startswith("none"))
         checks = {
             "state_identical": state_digests(chaos) == state_digests(alone),
             "final_identical": final_is_the_same(chaos, alone),
@@ -224,7 +225,7 @@ def main() -> None:
         kept = sorted(int(p.name) for p in (chaos / "checkpoints").iterdir() if p.name.isdigit())
         row = {
             "benchmark": "chaos",
-            "case": f"{args.kills} kills, {STEPS} steps, {args.processes} processes",
+            "case": f"{struck} attacks, {STEPS} steps, {args.processes} processes",
             "ours": sum(checks.values()),
             "peer": len(checks),
             "ratio": sum(checks.values()) / len(checks),
