@@ -116,10 +116,13 @@ def run_in_chaos(
     while True:
         run = start(folder, out, count)
         if attacks:
-            # Most of a life is its start; the rest of the run is spread over the kills.
-            deadline = time.monotonic() + draw.uniform(0.2, 1.0) * whole_s
-            wanted = rows(out) + draw.randrange(1 + 2 * STEPS // 20)
-            while alive(run) and time.monotonic() < deadline and rows(out) <= wanted:
+            # After some rows, so that the attacks are spread over the run; or while it starts.
+            before = rows(out)
+            ahead = int(draw.uniform(0, 2 * (STEPS - before) / len(attacks)))
+            deadline = time.monotonic() + (1.0 if ahead else draw.uniform(0, 0.2)) * whole_s
+            while alive(run) and time.monotonic() < deadline:
+                if ahead and rows(out) >= before + ahead:
+                    break
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.3))
         if attacks and len(alive(run)) == count:
