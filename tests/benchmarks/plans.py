@@ -32,12 +32,12 @@ def sets(
 
 
 CASES = {  # configuration, policy, what differs from it
-    "v5e-16": ("rl_math", MODEL_3B, sets(context=16)),
-    "v5e-256": ("rl_math", MODEL_3B, sets(context=16, fsdp=16, rows=16)),
+    "v5e-16": ("rl_math", MODEL_3B, sets(context=8, fsdp=2, rows=2)),
+    "v5e-256": ("rl_math", MODEL_3B, sets(context=8, fsdp=32, rows=32)),
     "v5p-8": ("rl_math", MODEL_3B, sets(context=4, slots=256)),
     "v6e-8": ("rl_math", MODEL_3B, sets(context=8, slots=256)),
     "tpu7x-8": ("rl_math", MODEL_3B, sets(context=4, fsdp=2, rows=2, slots=512)),
-    "2xv5e-256": ("rl_math", MODEL_3B, sets(context=16, fsdp=16, data=2, rows=32)),
+    "2xv5e-256": ("rl_math", MODEL_3B, sets(context=8, fsdp=32, data=2, rows=64)),
     "h100-8": ("rl_math", MODEL_3B, sets(context=8, slots=256)),
     "v5e-8": ("rl_math_1.5b_16k", MODEL_15B, sets(fsdp=8, rows=8, slots=128)),
 }
