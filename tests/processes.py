@@ -67,6 +67,8 @@ def start(
             text=True,
             env=os.environ
             | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+            # A process's devices wait for each other in threads: more than there are cores here.
+            | {"NPROC": str(8 * devices)}
             | environment
             | found
             | ({"VIBEJAX_PROCESS": str(process)} if found else {}),
