@@ -4,6 +4,7 @@ Most of a test's time is compiling, so programs are compiled without expensive o
 such a program computes is the same. `optimised` is for tests of what optimisation may change.
 """
 
+import os
 import signal
 
 import jax
@@ -13,6 +14,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# A thread for each processor is too few for eight devices that wait for each other.
+os.environ["NPROC"] = "64"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

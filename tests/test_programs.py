@@ -1,13 +1,19 @@
-"""Where compiled programs are kept, and the flag that makes them deterministic."""
+"""Programs: where they are kept, the flag that makes them deterministic, compiling them ahead."""
 
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
 
 import jax
+import numpy as np
 import pytest
+import tiny
 
-from vibejax import programs
+from vibejax import distributed, preemption, programs, rl, run_folder
+from vibejax.config.rl import RlConfig
 from vibejax.run_folder import RunError
 
 
@@ -20,6 +26,20 @@ def settings(monkeypatch, tmp_path):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     yield lambda backend: monkeypatch.setattr(jax, "default_backend", lambda: backend)
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def compiled():
+    """The names of programs, as they are compiled."""
+    names = []
+
+    def heard(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(heard)
 
 
 def test_programs_of_an_accelerator_are_kept(settings, tmp_path):
@@ -69,3 +89,89 @@ def test_xla_knows_the_flag():
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+# Compiling ahead
+
+
+def traced(function, *arguments):
+    return lambda: jax.jit(function).trace(*arguments)
+
+
+def test_a_program_that_was_compiled_ahead_is_not_compiled_again(compiled, capsys):
+    def double(x_N):
+        return x_N + x_N
+
+    program, shape = jax.jit(double), jax.ShapeDtypeStruct((3,), "float32")
+    programs.compile_ahead({"double": lambda: program.trace(shape)}, workers=2)
+    assert compiled == ["jit(double)"]
+    assert program(np.float32([1, 2, 3])).tolist() == [2, 4, 6]
+    assert compiled == ["jit(double)"]
+    assert re.fullmatch(r"1 programs compiled in [\d.]+ s\n", capsys.readouterr().out)
+
+
+def test_progress_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(programs, "SAY_S", 0.0)
+    small, large = (traced(lambda x_N: x_N * 2.0, np.ones(n, np.float32)) for n in (3, 5))
+    programs.compile_ahead({"small": small, "large": large}, workers=1)
+    assert re.match(r"1 of 2 programs compiled, \d+ s; left: large\n", capsys.readouterr().out)
+
+
+def test_a_program_that_cannot_be_compiled_is_named():
+    def call(x_N):
+        return jax.ffi.ffi_call("nobody_has_it", jax.ShapeDtypeStruct((3,), "float32"))(x_N)
+
+    with pytest.raises(
+        RunError, match=r"^accumulate cannot be compiled: NOT_FOUND: No FFI handler"
+    ):
+        programs.compile_ahead({"accumulate": traced(call, np.ones(3, np.float32))})
+
+
+def test_a_run_that_is_to_end_waits_for_no_compile(monkeypatch):
+    released = threading.Event()
+
+    class Slow:
+        trace = lower = lambda self: self
+
+        def compile(self):
+            released.wait(60)
+
+    monkeypatch.setattr(preemption, "asked", lambda: True)
+    began = time.monotonic()
+    with pytest.raises(preemption.Preempted):
+        programs.compile_ahead({"accumulate": Slow().trace})
+    assert time.monotonic() - began < 30
+    released.set()
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}])
+def test_a_runs_programs_are_all_compiled_before_its_first_step(tmp_path, compiled, sizes):
+    tiny.write_policy(tmp_path / "policy")
+    records = [r | {"ground_truth": "1", "last_number": True} for r in tiny.TASK]
+    tiny.write_task(tmp_path / "task.jsonl", records)
+    config = RlConfig(
+        policy=str(tmp_path / "policy"), prompts=str(tmp_path / "task.jsonl"),
+        out=str(tmp_path / "run"), steps=2, mesh=sizes, objective={"updates": 2, "kl": 0.01},
+        rollout={
+            "prompts_per_step": 8, "group_size": 4, "slots": 64, "max_prompt_tokens": 8,
+            "max_completion_tokens": 12, "attention": "xla", "page_tokens": 4, "chunk_tokens": 16,
+            "tensor": sizes.get("tensor", 1),
+        },
+        train={"row_tokens": 32, "microbatch_rows": 8},
+    )  # fmt: skip
+    announced = distributed.announce
+    ahead = []
+
+    def announce(line):
+        if "programs compiled" in str(line):
+            ahead.extend(compiled)
+        announced(line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "announce", announce)
+        rl.run(config)
+    rows = run_folder.read_log(tmp_path / "run" / "metrics.jsonl")
+    assert any(row["rollout/groups_mixed"] > 0 for row in rows if row["step"]), "nothing was learnt"
+    ours = {"jit(accumulate)", "jit(apply)", "jit(score)", "jit(layer)", "jit(window)"}
+    assert ours <= {*ahead}
+    assert sorted(ours & {*compiled[len(ahead) :]}) == []

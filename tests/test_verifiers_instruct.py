@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from vibejax.verifiers import Outcome, instruct, instruct_ifeval, instruct_text, language
+from vibejax.verifiers import (
+    Outcome,
+    instruct,
+    instruct_ifbench,
+    instruct_ifeval,
+    instruct_text,
+    language,
+)
 
 LANGUAGES = json.loads(
     (Path(__file__).parent / "data" / "human_rights_article_1.json").read_text(encoding="utf-8")
@@ -162,7 +169,8 @@ def test_rules_by_hand(rule_id, kwargs, good, bad):
 
 
 def test_every_rule_has_an_example_by_hand():
-    assert {rule_id for rule_id, *_ in BY_HAND} == set(instruct.RULES)
+    published = instruct_ifbench.RULES  # have tests of their own
+    assert {rule_id for rule_id, *_ in BY_HAND} == set(instruct.RULES) - set(published)
     assert len(instruct_ifeval.RULES) == 25
 
 

@@ -93,12 +93,12 @@ class Engine:
         check_config(config, self._parts)
         self._entries = -(-self.context // config.page_tokens)
         with jax.set_mesh(self.mesh):
-            self._has_copies = config.attention == "auto" and not attention.has_kernels()
+            self.has_copies = config.attention == "auto" and not attention.has_kernels()
         self.memory = plan_memory(
             config,
             self.dtype,
             parts=self._parts,
-            copied=self._has_copies,
+            copied=self.has_copies,
             limit_bytes=config.memory_bytes or memory_plan.device_bytes(self.mesh.local_devices[0]),
         )
         self.params = params if isinstance(params["norm"], jax.Array) else None
@@ -173,7 +173,7 @@ class Engine:
     def _run(self, requests, queue, parts, how, seed, step, run) -> Iterator[Completion]:
         drafts: dict[Running, Draft] = {}
         tables = batching.Tables(self._parts, parts[0].slots, self._entries)
-        places = batching.Places(self._parts, parts[0].slots, keeps=self._has_copies)
+        places = batching.Places(self._parts, parts[0].slots, keeps=self.has_copies)
         self._copies, self._copies_shape = None, None
         ended: list[Completion] = []
         began = time.perf_counter()
@@ -243,7 +243,7 @@ class Engine:
     def _window(self, places, drafts, tables, how, seed, step) -> Drawn:
         """Starts a window; its pages and copies are the device's from here on."""
         config, entries, implementation = self.config, self._entries, self.config.attention
-        if self._has_copies:
+        if self.has_copies:
             tokens = config.page_tokens
             needed = min(entries, -(-(places.longest() + config.window) // tokens))
             lengths = batching.doublings(entries, -(-batching.LEAST_COPY // tokens))

@@ -2,8 +2,8 @@
 
 A phase is entered where its work is done, with `phase`, as a block or as a decorator. Time counts
 for the innermost phase alone: in `rollout` devices decode, `verify` is what is left to wait for
-once they have ended. Compiling counts for itself, in whatever phase a program is first needed, and
-`idle` is what no phase has: waiting for other hosts, reading, writing metrics.
+once they have ended. Compiling counts for itself, ahead or in whatever phase a program is first
+needed, and `idle` is what no phase has: waiting for other hosts, reading, writing metrics.
 
 A process has one clock, so this module's state is the process's.
 """
@@ -17,7 +17,7 @@ from typing import Literal
 
 import jax
 
-Phase = Literal["rollout", "verify", "train", "handover", "save"]
+Phase = Literal["rollout", "verify", "train", "handover", "save", "compile"]
 SHARES = ("rollout", "verify", "train", "handover", "save", "compile", "idle")
 COMPILING = "/jax/core/compile/"  # JAX's events of tracing, lowering and compiling
 

@@ -99,7 +99,10 @@ def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
     if setup.journal:
         done = int(state.step) // config.objective.updates
         entries = setup.journal.open(done, step, digests.of_tree(state.params))
-    handover.hand_over(engine, state.params, setup.programs.score, prompts[0], config, setup.mesh)
+    handover.hand_over(
+        engine, state.params, setup.programs.score, prompts[0], setup.policy.tokenizer.eos_ids,
+        config, setup.mesh,
+    )  # fmt: skip
     began = time.perf_counter()
     own = rollout.sample(
         engine,

@@ -1,17 +1,17 @@
 """Weights from the trainer to the engine, and a canary: the trainer scores what they then say."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import distributed, goodput, sampler_copy, sharding, train
+from vibejax import distributed, goodput, rollout, sampler_copy, sharding, train
 from vibejax.completions import Request
 from vibejax.config.rl import RlConfig
 from vibejax.config.training import TrainConfig
 from vibejax.data import Prompt
-from vibejax.decode import Sampling
 from vibejax.engine import Engine
 from vibejax.packing import Document
 from vibejax.qwen2 import Params
@@ -27,6 +27,7 @@ def hand_over(
     params: Params,
     score: Callable[[Params, train.Batch], jax.Array],
     prompt: Prompt,
+    eos_ids: Sequence[int],
     config: RlConfig,
     mesh: jax.sharding.Mesh,
 ) -> None:
@@ -39,6 +40,7 @@ def hand_over(
         params: the trainer's.
         score: their log-probabilities of packed rows.
         prompt: that the tokens are drawn after.
+        eos_ids: at which completions end.
         config: of the run.
         mesh: the trainer's.
 
@@ -47,7 +49,10 @@ def hand_over(
     """
     dtype = jnp.dtype(config.train.dtype)
     engine.load(sampler_copy.make(params, engine.config.model, dtype, engine.mesh))
-    how = Sampling(temperature=config.rollout.temperature)
+    # As completions are drawn, and mostly by the same program, but from all tokens: the trainer
+    # scores those.
+    how = rollout.draws(config.rollout, eos_ids)
+    how = dataclasses.replace(how, top_p=1.0, top_k=0, min_tokens=0)
     max_tokens = min(TOKENS, config.rollout.max_completion_tokens)
     (completion,) = engine.generate(
         [Request(prompt.index, prompt.tokens, max_tokens)], how, step=DRAWS

@@ -41,13 +41,14 @@ def make(config: RlConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Progr
     adamw = optimizer.make_optimizer(config.optimizer, steps)
     schedule = optimizer.make_schedule(config.optimizer, steps)
     loss_fn = functools.partial(policy_loss, model=model, config=config)
+
+    def score(params: Params, rows: train.Batch) -> jax.Array:
+        return _logprobs(params, rows, model, config).logprob_BT
+
     return Programs(
         adamw,
         train.make_train_step(loss_fn, adamw, schedule, model, mesh, SUMS),
-        jax.jit(
-            lambda params, rows: _logprobs(params, rows, model, config).logprob_BT,
-            out_shardings=sharding.replicated(mesh),
-        ),
+        jax.jit(score, out_shardings=sharding.replicated(mesh)),
     )
 
 

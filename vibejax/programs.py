@@ -1,15 +1,21 @@
-"""How a run's programs are compiled and kept; to be settled before the first of them."""
+"""How a run's programs are kept, which is to be settled before the first, and compiled ahead."""
 
+import concurrent.futures
 import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from jax._src.xla_bridge import backends_are_initialized  # has no public name
 
+from vibejax import distributed, goodput, preemption
 from vibejax.kernels import tiles
 from vibejax.run_folder import RunError
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+LOOK_S = 0.5  # between two looks at whether the run is to end
+SAY_S = 5.0  # at least, between two lines about what is compiled
 
 
 def prepare(*, deterministic: bool) -> None:
@@ -41,3 +47,50 @@ def prepare(*, deterministic: bool) -> None:
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "vibejax" / "compiled"))
+
+
+@goodput.phase("compile")
+def compile_ahead(
+    traces: Mapping[str, Callable[[], jax.stages.Traced]], workers: int | None = None
+) -> None:
+    """Compiles programs at the start of a run, several at a time, and says how far it has come.
+
+    So a program that does not fit is refused before hours of sampling. A later call of the same
+    program with arguments of the same shapes, dtypes and shardings compiles nothing.
+
+    Args:
+        traces: by the names that are shown: each traces a program.
+        workers: programs at one time; None: one for each processor.
+
+    Raises:
+        RunError: the compiler refuses a program.
+        Preempted: the process was asked to end.
+    """
+    began, last = time.perf_counter(), 0.0
+    pool = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        names = {}
+        for name, trace in traces.items():
+            names[pool.submit(trace().lower().compile)] = name
+        waiting = set(names)
+        while waiting:
+            done, waiting = concurrent.futures.wait(
+                waiting, LOOK_S, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            preemption.check()
+            for future in done:
+                try:
+                    future.result()
+                except jax.errors.JaxRuntimeError as error:
+                    reason = str(error).strip().splitlines()[0]
+                    raise RunError(f"{names[future]} cannot be compiled: {reason}") from None
+            seconds = time.perf_counter() - began
+            if done and waiting and seconds - last > SAY_S:
+                last = seconds
+                distributed.announce(
+                    f"{len(names) - len(waiting)} of {len(names)} programs compiled, "
+                    f"{seconds:.0f} s; left: {', '.join(sorted(names[f] for f in waiting))}"
+                )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    distributed.announce(f"{len(names)} programs compiled in {time.perf_counter() - began:.1f} s")

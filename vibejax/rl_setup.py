@@ -11,6 +11,7 @@ from vibejax import (
     meshes,
     policy,
     policy_programs,
+    rl_shapes,
     rollout,
     sampler_copy,
 )
@@ -21,6 +22,7 @@ from vibejax.journal import Journal
 from vibejax.policy import Policy
 from vibejax.policy_programs import Programs
 from vibejax.qwen2 import ModelConfig
+from vibejax.train_shapes import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +84,17 @@ def engine_config(
     return dataclasses.replace(
         rollout.engine_config(config.rollout, model), memory_bytes=max(1, device_bytes - taken)
     )
+
+
+def traces(setup: Setup) -> dict[str, Trace]:
+    """The programs that each step runs, to be compiled before the first.
+
+    Of the engine's only those that read pages in place: from copies, windows are as long as what
+    they hold.
+    """
+    config, model = setup.config, setup.policy.model
+    found = rl_shapes.trainer(setup.programs, config, model, setup.mesh)
+    if not setup.engine.has_copies:
+        how = rollout.draws(config.rollout, setup.policy.tokenizer.eos_ids)
+        found |= rl_shapes.sampler(setup.engine, how)
+    return found

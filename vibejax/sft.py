@@ -33,6 +33,7 @@ from vibejax import (
     sharding,
     tokenizer,
     train,
+    train_shapes,
     watchdog,
     weights,
 )
@@ -131,6 +132,7 @@ def run(config: SftConfig) -> Path:
         metrics = Metrics(folder, done, COLUMNS)
         profile = Profile(folder / "profile", config.profile.steps)
         distributed.announce(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
+        programs.compile_ahead(_traces(setup, step_of, adamw, score))
         if done == 0 and setup.heldout:
             metrics.write(0, heldout_loss(setup, state.params, score))
         for step in range(done + 1, setup.steps + 1):
@@ -262,6 +264,17 @@ def step_documents(setup: Setup, step: int) -> list[Document]:
     chosen = [setup.documents[i] for i in indices[: setup.total - before]]
     learnt = sum(int(d.learnt.sum()) for d in chosen)
     return [Document(tokens=d.tokens, weights=np.float32(d.learnt) / learnt) for d in chosen]
+
+
+def _traces(setup: Setup, step: train.TrainStep, adamw, score) -> dict[str, train_shapes.Trace]:
+    """The programs of a step, to be compiled before the first."""
+    config, model, mesh = setup.config.train, setup.model, setup.mesh
+    found = train_shapes.train_step(step, adamw, config, model, mesh, ("loss",), ["weight"])
+    if setup.heldout:
+        params = train.abstract_params(model, mesh)
+        rows = train_shapes.rows(config, mesh, ["weight"])
+        found["score"] = train_shapes.traced(mesh, score, params, rows)
+    return found
 
 
 def make_loss(model: ModelConfig, config: SftConfig) -> train.LossFn:

@@ -87,18 +87,24 @@ def spec(*axes: str | None) -> P:
 def sharding(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
     """The sharding of an array of `shape`, checked to divide evenly.
 
+    Mesh axes of one device are left out, as the compiler does where it chooses: shardings that are
+    the same but unequal would have a program compiled again.
+
     Raises:
         ValueError: an axis is not a multiple of the mesh axes it lies on.
     """
-    partition = spec(*axes)
-    for axis, size, mesh_axes in zip(axes, shape, partition, strict=True):
+    partition: list[tuple[str, ...] | None] = []
+    for axis, size, mesh_axes in zip(axes, shape, spec(*axes), strict=True):
         names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
         ways = math.prod(mesh.shape[name] for name in names)
         if size % ways:
             raise ValueError(
                 f"axis {axis!r} of size {size} is not a multiple of mesh axes {names} = {ways}"
             )
-    return NamedSharding(mesh, partition)
+        partition.append(tuple(name for name in names if mesh.shape[name] > 1) or None)
+    while partition and partition[-1] is None:
+        partition.pop()
+    return NamedSharding(mesh, P(*partition))
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

@@ -81,8 +81,9 @@ def make_train_step(
         mesh: the devices.
         metric_names: the names that `loss_fn` returns.
     """
-    param_shardings = qwen2.param_shardings(config, mesh)
-    everywhere = sharding.replicated(mesh)
+    params = abstract_params(config, mesh)
+    state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
+    param_shardings, everywhere = state_shardings.params, sharding.replicated(mesh)
     sums_shardings = Sums(param_shardings, everywhere, dict.fromkeys(metric_names, everywhere))
 
     def zeros() -> Sums:
@@ -113,7 +114,7 @@ def make_train_step(
         accumulate=jax.jit(
             accumulate, donate_argnums=1, out_shardings=(sums_shardings, everywhere)
         ),
-        apply=jax.jit(apply, donate_argnums=0),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
     )
 
 
@@ -122,6 +123,15 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     out = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
     init = lambda params: _first_state(params, optimizer)  # noqa: E731 - jit wants it bound
     return jax.jit(init, donate_argnums=0, out_shardings=out)(params)
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of the parameters that are trained."""
+    return qwen2.map_table(
+        lambda info, s: jax.ShapeDtypeStruct(info.shape, jnp.float32, sharding=s),
+        config,
+        qwen2.param_shardings(config, mesh),
+    )
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

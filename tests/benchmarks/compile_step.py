@@ -63,9 +63,9 @@ def main() -> None:
 
 def compile_case(case: str, remat: str) -> dict[str, dict[str, float]]:
     """Compiles both programs in this process."""
-    from vibejax import qwen2, sharding
+    from vibejax import policy_programs, qwen2, rl_shapes, sharding
     from vibejax.config.rl import RlConfig
-    from vibejax.planning import programs, slices
+    from vibejax.planning import slices
     from vibejax.rope import Rope
 
     name, count, _ = CASES[case]
@@ -74,7 +74,9 @@ def compile_case(case: str, remat: str) -> dict[str, dict[str, float]]:
     config = RlConfig(
         policy="-", prompts="-", train={"row_tokens": TOKENS, "dtype": "bfloat16", "remat": remat}
     )
-    found = programs.trainer(config, qwen2.ModelConfig(rope=Rope(theta=1e6)), mesh)
+    model = qwen2.ModelConfig(rope=Rope(theta=1e6))
+    run = policy_programs.make(config, model, mesh)
+    found = rl_shapes.trainer(run, config, model, mesh)
     platform = (where.chip.platform,)
     return {
         name: _memory(found[name]().lower(lowering_platforms=platform).compile().memory_analysis())

@@ -35,10 +35,10 @@ def main() -> None:
 
 def compile_case(case: str) -> dict:
     """Compiles the window in this process."""
-    from vibejax import decode, qwen2, sampler_copy, sharding
+    from vibejax import decode, qwen2, rl_shapes, sampler_copy, sharding
     from vibejax.completions import EngineConfig
     from vibejax.engine import Engine
-    from vibejax.planning import hlo, programs, projection, slices
+    from vibejax.planning import hlo, projection, slices
     from vibejax.rope import Rope
 
     name, count, tensor, slots = CASES[case]
@@ -48,7 +48,7 @@ def compile_case(case: str) -> dict:
     config = EngineConfig(model=model, slots=slots, tensor=tensor, memory_bytes=int(0.9 * room))
     shapes = sampler_copy.shapes(model, "bfloat16")
     engine = Engine(shapes, config, where.topology().devices[:count])
-    traced = programs.sampler(engine, decode.Sampling(eos_ids=(151_643,)))["window"]()
+    traced = rl_shapes.sampler(engine, decode.Sampling(eos_ids=(151_643,)))["window"]()
     compiled = traced.lower(lowering_platforms=(where.chip.platform,)).compile()
     memory, plan = compiled.memory_analysis(), engine.memory
     parts = sharding.ways(engine.mesh, "batch")

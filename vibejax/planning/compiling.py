@@ -36,7 +36,7 @@ ENVIRONMENT = {  # the compiler alone: no device is looked for
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
-SHAPING = ("jobs.py", "programs.py", "slices.py")  # of planning: what a program depends on
+SHAPING = ("jobs.py", "slices.py")  # of planning: what a program depends on
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -45,7 +45,7 @@ class Job:
     """One program to compile.
 
     Attributes:
-        program: of `programs.trainer` or `programs.sampler`.
+        program: of `rl_shapes.trainer` or `rl_shapes.sampler`.
         slice: by name.
         config: the run's `RlConfig`, as a table.
         model: the policy's config.json.

@@ -8,10 +8,18 @@ from typing import Any
 
 import jax
 
-from vibejax import checkpoint_config, rl_setup, rollout, sampler_copy, sharding
+from vibejax import (
+    checkpoint_config,
+    policy_programs,
+    rl_setup,
+    rl_shapes,
+    rollout,
+    sampler_copy,
+    sharding,
+)
 from vibejax.config.rl import RlConfig
 from vibejax.engine import Engine
-from vibejax.planning import programs, slices
+from vibejax.planning import slices
 from vibejax.planning.compiling import Job
 from vibejax.planning.slices import Slice
 from vibejax.qwen2 import ModelConfig
@@ -85,7 +93,8 @@ def trace(job: Job) -> tuple[jax.stages.Traced, jax.sharding.Mesh]:
     model = model_of(job.model)
     mesh, host = meshes(config, where)
     if job.program not in SAMPLER:
-        return programs.trainer(config, model, mesh)[job.program](), mesh
+        run = policy_programs.make(config, model, mesh)
+        return rl_shapes.trainer(run, config, model, mesh)[job.program](), mesh
     engine = engine_of(config, model, where, mesh, host)
     how = rollout.draws(config.rollout, (model.vocab - 1,))
-    return programs.sampler(engine, how)[job.program](), engine.mesh
+    return rl_shapes.sampler(engine, how)[job.program](), engine.mesh

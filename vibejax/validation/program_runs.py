@@ -21,6 +21,7 @@ from vibejax import (
     packing,
     policy_programs,
     qwen2,
+    rl_shapes,
     sampler_copy,
     sharding,
     train,
@@ -30,7 +31,7 @@ from vibejax.config.rl import RlConfig
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
 from vibejax.packing import Document
-from vibejax.planning import compiling, programs, projection, work
+from vibejax.planning import compiling, projection, work
 from vibejax.planning.slices import Slice
 from vibejax.qwen2 import ModelConfig
 from vibejax.validation.checks import Found, Timing, timed
@@ -98,7 +99,7 @@ def window_program(engine: Engine) -> Program:
         )
         return step.step_s * config.window
 
-    traced = programs.sampler(engine, Sampling())["window"]()
+    traced = rl_shapes.sampler(engine, Sampling())["window"]()
     done = work.decode_step(config, engine.memory, rows, live)
     return Program(traced, engine.mesh, done, project)
 
@@ -121,24 +122,17 @@ def random_weights(engine: Engine, sizes: Sizes) -> qwen2.Params:
 
 def window_rows(engine: Engine) -> decode.Rows:
     """What decodes: each row has half of its context cached, in pages of its own."""
-    config, mesh = engine.config, engine.mesh
-    parts = sharding.ways(mesh, "batch")
+    config, parts = engine.config, sharding.ways(engine.mesh, "batch")
     rows, entries = config.slots // parts, -(-engine.context // config.page_tokens)
     group = batching.group_of(rows)
     slots = config.slots
     table = np.arange(rows * entries, dtype=np.int32).reshape(rows, entries)
     full = lambda value, dtype=np.int32: np.full(slots, value, dtype)  # noqa: E731
-    found = decode.Rows(
+    return decode.Rows(
         full(1), full(engine.context // 2 - config.window // 2), full(0), full(engine.context),
         np.arange(slots, dtype=np.uint32), full(0, np.uint32), np.tile(table, (parts, 1)),
         np.zeros(slots // group, np.int32), full(False, bool),
     )  # fmt: skip
-    return jax.tree.map(
-        lambda x: jax.device_put(
-            x, sharding.sharding(mesh, x.shape, "batch", *(None,) * (x.ndim - 1))
-        ),
-        found,
-    )
 
 
 def decode_window(machine: Machine, sizes: Sizes) -> Found:
@@ -152,13 +146,12 @@ def decode_window(machine: Machine, sizes: Sizes) -> Found:
         held = decode.empty_pools(
             config.model, parts * empty.memory.pages, config.page_tokens, empty.kv_dtype
         )
-        number = jax.device_put(np.uint32(0), sharding.replicated(empty.mesh))
 
     drawn: decode.Drawn | None = None
 
     def call() -> decode.Drawn:
         nonlocal held, drawn
-        held, _, drawn = compiled(params, held, None, rows, number, number)
+        held, _, drawn = compiled(params, held, None, rows, np.uint32(0), np.uint32(0))
         return drawn
 
     time = timed(call, sizes.repeats)
@@ -215,7 +208,8 @@ def train_program(devices, sizes: Sizes, limit_bytes: int) -> tuple[Program, RlC
         estimate = projection.estimate("accumulate", compiled, done, where, kernel_s=kernel_s)
         return estimate.exposed_s
 
-    traced = programs.trainer(config, model, mesh)["accumulate"]()
+    run = policy_programs.make(config, model, mesh)
+    traced = rl_shapes.trainer(run, config, model, mesh)["accumulate"]()
     return Program(traced, mesh, done, project), config, model
 
 
