@@ -107,6 +107,18 @@ def test_sharding_cuts_and_replicates():
     assert sharding.replicated(mesh).shard_shape((8, 6, 4)) == (8, 6, 4)
 
 
+def test_axes_of_one_device_are_left_out():
+    """What a program gives back then has the sharding that was asked for: equal, not just alike."""
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+    assert sharding.sharding(mesh, (8, 64, 4, 16), "batch", "length", "heads", None).spec == P(
+        "fsdp", None, "tensor"
+    )
+    place = sharding.sharding(mesh, (2, 8, 6), "layers", "embed", "mlp")
+    made = jax.jit(lambda: jax.lax.with_sharding_constraint(np.ones((2, 8, 6)), place))()
+    again = jax.jit(lambda x: x + 1)(made)
+    assert made.sharding == again.sharding == place
+
+
 def test_constrain_lays_out_on_the_mesh_in_force():
     x_BT = np.arange(64.0, dtype=np.float32).reshape(8, 8)
     assert sharding.constrain(x_BT, "batch", "length") is x_BT  # there is none here

@@ -270,6 +270,19 @@ def test_hostile_texts_take_no_longer(rule_id, text):
     assert time.perf_counter() - began < 20
 
 
+@pytest.mark.parametrize(
+    ("options", "followed", "broken"),
+    [
+        ("a), b), c), d)", ["b)", " c)\n"], ["b", "B)", "a), b)"]),
+        ("I know or I don't know", ["I know.", "i don't know"], ["I know or I don't know"]),
+        ("red, orange, or blue", ["Orange", "blue!"], ["or", "ange", "red, orange"]),
+    ],
+)
+def test_options_however_they_are_listed(options, followed, broken):
+    for text in followed + broken:
+        assert follows("format:options", {"options": options}, text) == (text in followed), text
+
+
 def test_a_row_of_the_public_file():
     """Its columns, where kwargs that a rule does not take are null and numbers are floats."""
     row = {

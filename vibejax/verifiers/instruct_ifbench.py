@@ -356,8 +356,8 @@ def quotes(text: str) -> bool:
 
 def options(text: str, *, options: str) -> bool:
     """The text is one of the options and nothing else; letters of a choice as they are given."""
-    separator = next((s for s in ("/", "or", ",") if s in options), ",")
-    allowed = [option.strip() for option in options.split(separator)]
+    parts = options.split("/") if "/" in options else re.split(r",|\bor\b", options)
+    allowed = [part.strip() for part in parts if part.strip()]
     if re.match(r"\W*a\W*b\W*c\W*", options, re.IGNORECASE):
         return text.strip() in allowed
     return _bare(text.strip()).lower() in {_bare(option).lower() for option in allowed}
