@@ -6,7 +6,7 @@ import time
 import pytest
 
 from vibejax import benchmarks
-from vibejax.verifiers import Outcome, instruct, instruct_ifbench
+from vibejax.verifiers import Outcome, ifbench_formats, ifbench_words, instruct
 
 STAIRS = "up\n we\n   go"
 ALPHABET = " ".join(f"{chr(97 + i)}nts marched on day {i}." for i in range(26))
@@ -19,7 +19,7 @@ PRODUCTS = 'ProductID,Category,Brand,Price,Stock\n1,Tea,"A&B",2,3\n' + "\n".join
 STUDENTS = '"StudentID"\t"Subject"\t"Grade"\t"Semester"\t"Score"\n' + "\n".join(
     f'"{i}"\t"Art"\t"B"\t"Fall"\t"8{i}"' for i in range(3)
 )
-CAPITALS = ", ".join(instruct_ifbench.CAPITALS)
+CAPITALS = ", ".join(ifbench_formats.CAPITALS)
 
 
 def questions(stems=("Who?", "Who was it?", "Who was it then?", "Who was it in the end?"), count=5):
@@ -230,7 +230,7 @@ def follows(rule_id, kwargs, text):
 
 
 def test_every_rule_has_cases():
-    assert CASES.keys() == instruct_ifbench.RULES.keys()
+    assert CASES.keys() == ifbench_words.RULES.keys() | ifbench_formats.RULES.keys()
     assert len(CASES) == 58
 
 

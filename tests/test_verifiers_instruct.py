@@ -10,8 +10,9 @@ import pytest
 
 from vibejax.verifiers import (
     Outcome,
+    ifbench_formats,
+    ifbench_words,
     instruct,
-    instruct_ifbench,
     instruct_ifeval,
     instruct_text,
     language,
@@ -169,7 +170,7 @@ def test_rules_by_hand(rule_id, kwargs, good, bad):
 
 
 def test_every_rule_has_an_example_by_hand():
-    published = instruct_ifbench.RULES  # have tests of their own
+    published = ifbench_words.RULES | ifbench_formats.RULES  # have tests of their own
     assert {rule_id for rule_id, *_ in BY_HAND} == set(instruct.RULES) - set(published)
     assert len(instruct_ifeval.RULES) == 25
 

@@ -1,9 +1,9 @@
 """Instruction following: does a completion follow the rules that its record lists.
 
-Rules are named by id: the 25 of IFEval and the 58 of IFBench by their public ids and kwargs
-(`instruct_ifeval`, `instruct_ifbench`), and a wider set of our own (`instruct_wider`). A record
-lists them as IFEval's JSONL does, in `instruction_id_list` and `kwargs`, either at its top level or
-under `ground_truth`.
+Rules are named by id: the 25 of IFEval (`instruct_ifeval`) and the 58 of IFBench (`ifbench_words`,
+`ifbench_formats`) by their public ids and kwargs, and a wider set of our own (`instruct_wider`). A
+record lists them as IFEval's JSONL does, in `instruction_id_list` and `kwargs`, either at its top
+level or under `ground_truth`.
 
 Strict judges the text as it is. Loose accepts a rule that any of eight variants follows: the text
 without its first line, its last line or both, each with and without asterisks.
@@ -18,7 +18,8 @@ from typing import Any
 from vibejax.verifiers import (
     Outcome,
     Verdict,
-    instruct_ifbench,
+    ifbench_formats,
+    ifbench_words,
     instruct_ifeval,
     instruct_wider,
     language,
@@ -27,7 +28,8 @@ from vibejax.verifiers import (
 
 RULES: dict[str, Callable[..., bool]] = {
     **instruct_ifeval.RULES,
-    **instruct_ifbench.RULES,
+    **ifbench_words.RULES,
+    **ifbench_formats.RULES,
     **instruct_wider.RULES,
 }
 MODES = ("strict", "loose")
@@ -38,7 +40,7 @@ Rule = tuple[str, Callable[[str], bool]]
 def load() -> None:
     """Loads the language model and the verbs, so that their second is not on an item's clock."""
     language.detect("a")
-    instruct_ifbench.start_verb("a")
+    ifbench_words.start_verb("a")
 
 
 def verify(
