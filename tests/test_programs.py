@@ -94,8 +94,8 @@ def test_xla_knows_the_flag():
 # Compiling ahead
 
 
-def traced(function, *arguments):
-    return lambda: jax.jit(function).trace(*arguments)
+def lowered(function, *arguments):
+    return lambda: jax.jit(function).lower(*arguments)
 
 
 def test_a_program_that_was_compiled_ahead_is_not_compiled_again(compiled, capsys):
@@ -103,7 +103,7 @@ def test_a_program_that_was_compiled_ahead_is_not_compiled_again(compiled, capsy
         return x_N + x_N
 
     program, shape = jax.jit(double), jax.ShapeDtypeStruct((3,), "float32")
-    programs.compile_ahead({"double": lambda: program.trace(shape)}, workers=2)
+    programs.compile_ahead({"double": lambda: program.lower(shape)}, workers=2)
     assert compiled == ["jit(double)"]
     assert program(np.float32([1, 2, 3])).tolist() == [2, 4, 6]
     assert compiled == ["jit(double)"]
@@ -112,7 +112,7 @@ def test_a_program_that_was_compiled_ahead_is_not_compiled_again(compiled, capsy
 
 def test_progress_is_told(monkeypatch, capsys):
     monkeypatch.setattr(programs, "SAY_S", 0.0)
-    small, large = (traced(lambda x_N: x_N * 2.0, np.ones(n, np.float32)) for n in (3, 5))
+    small, large = (lowered(lambda x_N: x_N * 2.0, np.ones(n, np.float32)) for n in (3, 5))
     programs.compile_ahead({"small": small, "large": large}, workers=1)
     assert re.match(r"1 of 2 programs compiled, \d+ s; left: large\n", capsys.readouterr().out)
 
@@ -124,27 +124,25 @@ def test_a_program_that_cannot_be_compiled_is_named():
     with pytest.raises(
         RunError, match=r"^accumulate cannot be compiled: NOT_FOUND: No FFI handler"
     ):
-        programs.compile_ahead({"accumulate": traced(call, np.ones(3, np.float32))})
+        programs.compile_ahead({"accumulate": lowered(call, np.ones(3, np.float32))})
 
 
 def test_a_run_that_is_to_end_waits_for_no_compile(monkeypatch):
     released = threading.Event()
 
     class Slow:
-        trace = lower = lambda self: self
-
         def compile(self):
             released.wait(60)
 
     monkeypatch.setattr(preemption, "asked", lambda: True)
     began = time.monotonic()
     with pytest.raises(preemption.Preempted):
-        programs.compile_ahead({"accumulate": Slow().trace})
+        programs.compile_ahead({"accumulate": Slow})
     assert time.monotonic() - began < 30
     released.set()
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}])
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 4, "tensor": 2}])
 def test_a_runs_programs_are_all_compiled_before_its_first_step(tmp_path, compiled, sizes):
     tiny.write_policy(tmp_path / "policy")
     records = [r | {"ground_truth": "1", "last_number": True} for r in tiny.TASK]
@@ -164,7 +162,7 @@ def test_a_runs_programs_are_all_compiled_before_its_first_step(tmp_path, compil
 
     def announce(line):
         if "programs compiled" in str(line):
-            ahead.extend(compiled)
+            ahead[:] = compiled
         announced(line)
 
     with pytest.MonkeyPatch.context() as patch:

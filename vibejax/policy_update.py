@@ -85,8 +85,9 @@ def _with_channel(
 ) -> list[Document]:
     """The documents with their log-probs under `params` as a further channel."""
     config = setup.config.train
+    bare = [dataclasses.replace(d, channels={}) for d in documents]  # all that a score looks at
     values = train.score_documents(
-        setup.programs.score, params, documents, config, setup.mesh, exchange.place
+        setup.programs.score, params, bare, config, setup.mesh, exchange.place
     )
     return [
         dataclasses.replace(d, channels=d.channels | {name: value})

@@ -17,6 +17,8 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 LOOK_S = 0.5  # between two looks at whether the run is to end
 SAY_S = 5.0  # at least, between two lines about what is compiled
 
+Lowering = Callable[[], jax.stages.Lowered]
+
 
 def prepare(*, deterministic: bool) -> None:
     """Keeps compiled programs on disk, so that a run that is started again finds them there.
@@ -49,17 +51,33 @@ def prepare(*, deterministic: bool) -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "vibejax" / "compiled"))
 
 
+def lowerings(
+    traces: Mapping[str, Callable[[], jax.stages.Traced]], mesh: jax.sharding.Mesh
+) -> dict[str, Lowering]:
+    """What lowers the programs of a mesh while that is in force, as it is when they are called.
+
+    A call in another mesh's force does not find what was compiled.
+    """
+
+    def lowering(trace: Callable[[], jax.stages.Traced]) -> Lowering:
+        def lower() -> jax.stages.Lowered:
+            with jax.set_mesh(mesh):
+                return trace().lower()
+
+        return lower
+
+    return {name: lowering(trace) for name, trace in traces.items()}
+
+
 @goodput.phase("compile")
-def compile_ahead(
-    traces: Mapping[str, Callable[[], jax.stages.Traced]], workers: int | None = None
-) -> None:
+def compile_ahead(lowerings: Mapping[str, Lowering], workers: int | None = None) -> None:
     """Compiles programs at the start of a run, several at a time, and says how far it has come.
 
     So a program that does not fit is refused before hours of sampling. A later call of the same
     program with arguments of the same shapes, dtypes and shardings compiles nothing.
 
     Args:
-        traces: by the names that are shown: each traces a program.
+        lowerings: by the names that are shown.
         workers: programs at one time; None: one for each processor.
 
     Raises:
@@ -70,8 +88,8 @@ def compile_ahead(
     pool = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count())
     try:
         names = {}
-        for name, trace in traces.items():
-            names[pool.submit(trace().lower().compile)] = name
+        for name, lower in lowerings.items():
+            names[pool.submit(lower().compile)] = name
         waiting = set(names)
         while waiting:
             done, waiting = concurrent.futures.wait(

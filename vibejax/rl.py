@@ -118,7 +118,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         samples = Log(folder / "samples.jsonl", done)
         profile = Profile(folder / "profile", config.profile.steps)
         distributed.announce(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
-        programs.compile_ahead(rl_setup.traces(setup))
+        programs.compile_ahead(rl_setup.lowerings(setup))
 
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
             if not heldout:

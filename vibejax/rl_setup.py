@@ -11,6 +11,7 @@ from vibejax import (
     meshes,
     policy,
     policy_programs,
+    programs,
     rl_shapes,
     rollout,
     sampler_copy,
@@ -22,7 +23,6 @@ from vibejax.journal import Journal
 from vibejax.policy import Policy
 from vibejax.policy_programs import Programs
 from vibejax.qwen2 import ModelConfig
-from vibejax.train_shapes import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +86,16 @@ def engine_config(
     )
 
 
-def traces(setup: Setup) -> dict[str, Trace]:
+def lowerings(setup: Setup) -> dict[str, programs.Lowering]:
     """The programs that each step runs, to be compiled before the first.
 
     Of the engine's only those that read pages in place: from copies, windows are as long as what
     they hold.
     """
     config, model = setup.config, setup.policy.model
-    found = rl_shapes.trainer(setup.programs, config, model, setup.mesh)
+    traces = rl_shapes.trainer(setup.programs, config, model, setup.mesh)
+    found = programs.lowerings(traces, setup.mesh)
     if not setup.engine.has_copies:
         how = rollout.draws(config.rollout, setup.policy.tokenizer.eos_ids)
-        found |= rl_shapes.sampler(setup.engine, how)
+        found |= programs.lowerings(rl_shapes.sampler(setup.engine, how), setup.engine.mesh)
     return found

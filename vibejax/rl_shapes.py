@@ -57,7 +57,7 @@ def trainer(
     found["canary"] = traced(mesh, run.score, params, short)
     found["hand_over"] = lambda: _hand_over(config, model, mesh, params)
     if scored:
-        found["score"] = traced(mesh, run.score, params, rows(config.train, mesh, channels))
+        found["score"] = traced(mesh, run.score, params, rows(config.train, mesh, channels[:1]))
     return found
 
 

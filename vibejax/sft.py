@@ -132,7 +132,8 @@ def run(config: SftConfig) -> Path:
         metrics = Metrics(folder, done, COLUMNS)
         profile = Profile(folder / "profile", config.profile.steps)
         distributed.announce(memory_plan.trainer_line(state, setup.mesh.local_devices[0]))
-        programs.compile_ahead(_traces(setup, step_of, adamw, score))
+        traces = _traces(setup, step_of, adamw, score)
+        programs.compile_ahead(programs.lowerings(traces, setup.mesh))
         if done == 0 and setup.heldout:
             metrics.write(0, heldout_loss(setup, state.params, score))
         for step in range(done + 1, setup.steps + 1):
