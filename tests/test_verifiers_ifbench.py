@@ -75,7 +75,11 @@ CASES = {  # kwargs, texts that follow the rule, texts that do not
     "words:prime_lengths": ({}, ["We see seven (birds)", "to"], ["We see four", "a"]),
     "words:start_verb": ({}, ["Consider this.", "**Write** it", "Don't go"], ["The end", "Sure!"]),
     "words:repeats": ({"small_n": 2}, ["Go, go on"], ["Go, go. GO!"]),
-    "words:odd_even_syllables": ({}, ["Cat table dog apple"], ["Cat dog", "table apple"]),
+    "words:odd_even_syllables": (
+        {},
+        ["Cat table dog apple", "Go! 🙂 – apple"],
+        ["Cat dog", "table apple"],
+    ),
     "words:last_first": ({}, ["I saw it. It ran! Ran where?"], ["I saw it. He ran."]),
     "words:paragraph_last_first": (
         {},

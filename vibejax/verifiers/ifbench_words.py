@@ -196,7 +196,8 @@ def repeats(text: str, *, small_n: int) -> bool:
 
 def odd_even_syllables(text: str) -> bool:
     """Words with an odd number of syllables and words with an even one take turns."""
-    odd = [syllapy.count(word) % 2 for word in split_words(text)]
+    words = [word for word in split_words(text) if any(map(str.isalnum, word))]  # no emoji
+    odd = [syllapy.count(word) % 2 for word in words]
     return all(a != b for a, b in itertools.pairwise(odd))
 
 
