@@ -8,10 +8,13 @@ access is refused, as Google does it.
 
 import contextlib
 import functools
+import json
 import os
 import subprocess
 import sys
 import threading
+import urllib.parse
+import urllib.request
 from http import HTTPStatus
 
 REFUSED = {
@@ -36,6 +39,26 @@ def serving():
             }
         finally:
             process.kill()
+
+
+def names(variables, prefix):
+    """Of the objects of `bucket` that begin so."""
+    with urllib.request.urlopen(f"{_objects(variables)}?prefix={_quoted(prefix)}") as answer:
+        return [item["name"] for item in json.load(answer).get("items", [])]
+
+
+def content(variables, name):
+    """What an object of `bucket` holds."""
+    with urllib.request.urlopen(f"{_objects(variables)}/{_quoted(name)}?alt=media") as answer:
+        return answer.read()
+
+
+def _objects(variables):
+    return f"{variables['STORAGE_EMULATOR_HOST']}/storage/v1/b/bucket/o"
+
+
+def _quoted(name):
+    return urllib.parse.quote(name, safe="")
 
 
 def generation(request, storage) -> int:

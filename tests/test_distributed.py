@@ -1,7 +1,10 @@
 """Real processes as the hosts of a run: they find each other, are alike, and train as one would."""
 
 import json
+import signal
+import time
 
+import bucket_emulator
 import processes
 import pytest
 
@@ -68,6 +71,53 @@ def test_a_missing_coordinator_is_one_line():
     assert stderr.endswith(" within 1 s (VIBEJAX_START_S)\n") and stderr.count("\n") == 1
 
 
+CHECKPOINTS = """
+import jax, numpy as np, optax, pathlib
+from vibejax import sharding, train
+from vibejax.checkpoint import Checkpoints
+folder = pathlib.Path(FOLDER)
+mesh = sharding.make_mesh({"fsdp": 2}, jax.devices())
+
+def placed(x, *axes):
+    x, spec = np.asarray(x), jax.sharding.PartitionSpec(*axes)
+    given = jax.sharding.NamedSharding(mesh, spec)
+    return jax.make_array_from_callback(x.shape, given, lambda index: x[index])
+
+def at(step):
+    params = {"w": placed(np.arange(4096.0, dtype=np.float32).reshape(64, 64) + step, "fsdp")}
+    return train.TrainState(placed(np.int32(step)), params, optax.sgd(1.0).init(params))
+
+with jax.set_mesh(mesh):
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (1, 2):
+        checkpoints.save(step, at(step))
+    checkpoints.close()
+    distributed.gather(None)
+    if process == 0:
+        (largest,) = sorted((folder / "2/state/ocdbt.process_1/d").iterdir(),
+                            key=lambda path: path.stat().st_size)[-1:]
+        largest.write_bytes(b"")
+    distributed.gather(None)
+    checkpoints = Checkpoints(folder, keep=3)
+    state = checkpoints.restore_latest(at(0))
+    for was, now in zip(at(1).params["w"].addressable_shards, state.params["w"].addressable_shards):
+        assert (np.asarray(was.data) == np.asarray(now.data)).all()
+    checkpoints.save(2, at(2))
+    checkpoints.close()
+    print(int(state.step), *sorted(path.name for path in folder.iterdir()))
+"""
+
+
+def test_processes_agree_which_checkpoint_is_whole(tmp_path):
+    """Only one of them reads what is damaged."""
+    do = CHECKPOINTS.replace("FOLDER", repr(str(tmp_path)))
+    for process, (code, stdout, stderr) in enumerate(joined("2", do)):
+        assert (code, stdout) == (0, "1 1 2 damaged-2-1\n"), stderr
+        why = "another process says so" if process == 0 else "its state cannot be read ("
+        assert f"2: damaged: {why}" in stderr
+        assert "now damaged-2-1, the checkpoint before it is taken" in stderr
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
@@ -75,15 +125,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_two_processes_train_as_one_does(folder):
+SETTINGS = ("mesh.fsdp=1", "mesh.tensor=1", "steps=2")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """A run of two processes, undisturbed: its folder, and what each printed."""
+    return processes.train_rl(folder, 2, 1, 300, *SETTINGS, "mesh.context=2")
+
+
+def test_two_processes_train_as_one_does(folder, two):
     """Every row lies on both hosts. More devices a host: tests/benchmarks/hosts.py.
 
     (Devices of one CPU process wait for each other in threads, of which a small machine has too
     few when it is busy.)
     """
-    settings = ("mesh.fsdp=1", "mesh.tensor=1", "steps=2")
-    one, _ = processes.train_rl(folder, 1, 1, 300, *settings, "mesh.context=1")
-    two, printed = processes.train_rl(folder, 2, 1, 300, *settings, "mesh.context=2")
+    one, _ = processes.train_rl(folder, 1, 1, 300, *SETTINGS, "mesh.context=1")
+    two, printed = two
     first, other = (processes.rows_of(out, "samples.jsonl") for out in (one, two))
     assert [row["prompt"] for row in first] == [row["prompt"] for row in other]
     assert first[:4] == other[:4]  # of step 1, before any rounding could make a difference
@@ -96,6 +154,43 @@ def test_two_processes_train_as_one_does(folder):
     assert all(f"process {k} of 2, 1 x cpu" in log for k, log in enumerate(logs))
     assert all("step 2: 2 prompts" in log for log in logs)
     assert (two / "final/model.safetensors").read_bytes()
+
+
+def test_two_processes_go_on_from_a_bucket(folder, two, tmp_path):
+    """Killed after the first step, on machines whose disks are new when they start again."""
+    options = ["out=gs://bucket/run", *SETTINGS, "mesh.context=2", "resume=auto",
+               "checkpoint.every=1"]  # fmt: skip
+    command = ["-m", "vibejax.rl", str(folder / "rl.toml")]
+    command += [part for option in options for part in ("--set", option)]
+    with bucket_emulator.serving() as emulator:
+
+        def begin(disk):
+            return processes.start(
+                command,
+                2,
+                1,
+                JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+                XDG_CACHE_HOME=str(tmp_path / disk),
+                **emulator,
+            )
+
+        started = begin("first")
+        limit = time.monotonic() + 300
+        while not any("/1/" in n for n in bucket_emulator.names(emulator, "run/checkpoints/")):
+            assert time.monotonic() < limit and not any(p.poll() for p in started)
+            time.sleep(0.05)
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+        processes.outcomes(started, 60)
+        ended = processes.outcomes(begin("second"), 300)
+        assert [code for code, _, _ in ended] == [0, 0], ended[0][2][-3_000:]
+        metrics = bucket_emulator.content(emulator, "run/metrics.jsonl").decode()
+        assert [json.loads(line)["step"] for line in metrics.splitlines()] == [0, 1, 2]
+        assert {"run/logs/process-0.log", "run/logs/process-1.log"} <= {
+            *bucket_emulator.names(emulator, "run/logs/")
+        }
+        final = bucket_emulator.content(emulator, "run/final/model.safetensors")
+    assert final == (two[0] / "final/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(

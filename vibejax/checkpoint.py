@@ -21,6 +21,7 @@ from vibejax.run_folder import RunError
 from vibejax.train import TrainState
 
 FORMAT = 1  # of what lies beside the arrays
+_HANDLERS = {"state": ocp.StandardCheckpointHandler, "digests": ocp.JsonCheckpointHandler}
 
 
 class DamagedError(Exception):
@@ -42,8 +43,8 @@ class Checkpoints:
         self._in_bucket = buckets.named(str(folder))
         logging.getLogger("absl").addFilter(_is_not_raised_again)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        place = folder if self._in_bucket else folder.absolute()
-        self._manager = ocp.CheckpointManager(place, options=options)
+        self._place = folder if self._in_bucket else epath.Path(folder.absolute())
+        self._manager = ocp.CheckpointManager(self._place, options=options)
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step, of those finished and the one being saved."""
@@ -88,15 +89,20 @@ class Checkpoints:
             RunError: all are damaged, or one holds other arrays, was written by a newer version
                 or cannot be reached.
         """
+        with _disk_errors(self.folder), progress.waiting():
+            self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            restored, complaint = None, ""
+            found, complaint = None, ""
             try:
-                restored = self._restored(step, state)
+                found = self._read_all(step, state)
             except DamagedError as error:
                 complaint = str(error)
-            if _all_processes(restored is not None):
-                return restored
+            if _all_processes(found is not None):  # digests take all processes
+                leaves, restored = found
+                complaint = _difference(leaves, digests.of_leaves(restored))
+                if _all_processes(not complaint):
+                    return restored
             aside = self._set_aside(step)
             print(
                 f"{self.folder / str(step)}: damaged: {complaint or 'another process says so'}; "
@@ -107,14 +113,14 @@ class Checkpoints:
             raise RunError(f"{self.folder}: no checkpoint is left that is what was saved")
         return state
 
-    def _restored(self, step: int, state: TrainState) -> TrainState:
-        """The checkpoint of `step`, once it is known to be what was saved.
+    def _read_all(self, step: int, state: TrainState) -> tuple[dict[str, str], TrainState]:
+        """The digests of what was saved at `step`, and what is there of this process's part.
 
         Raises:
-            DamagedError: it is not.
+            DamagedError: it cannot be read.
             RunError: it holds other arrays, was written by a newer version, or cannot be reached.
         """
-        record = self._read(step, digests=ocp.args.JsonRestore())
+        record = self._read(step, "digests", ocp.args.JsonRestore())
         if not isinstance(record, dict) or not record.keys() >= {"format", "leaves", "sha256"}:
             raise DamagedError("its digests cannot be read")
         if record["format"] != FORMAT:
@@ -136,19 +142,20 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        restored = self._read(step, state=ocp.args.StandardRestore(abstract))
-        found = digests.of_leaves(restored)
-        differing = [name for name in saved if found[name] != saved[name]]
-        if differing:
-            count = f"{len(differing)} of {len(saved)} arrays are"
-            raise DamagedError(f"{count} not what was saved, the first is {differing[0]}")
-        return restored
+        return saved, self._read(step, "state", ocp.args.StandardRestore(abstract))
 
-    def _read(self, step: int, **item: Any) -> Any:
-        (name,) = item
+    def _read(self, step: int, name: str, how: ocp.args.CheckpointArgs) -> Any:
+        """An item of a checkpoint, by this process alone: another may find it damaged."""
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process-{jax.process_index()}",
+        )
+        handler = _HANDLERS[name](multiprocessing_options=alone)
+        reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
         try:
             with progress.waiting():
-                return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+                return reader.restore(self._place / str(step) / name, args=how)
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # says nothing about the checkpoint
         # What a damaged file makes Orbax, tensorstore and their decoders raise has no one class.
@@ -183,6 +190,13 @@ class Checkpoints:
         with _disk_errors(self.folder), progress.waiting():
             self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _difference(saved: dict[str, str], found: dict[str, str]) -> str:
+    """What of a checkpoint is not what was saved; empty: nothing."""
+    differing = [name for name in saved if found[name] != saved[name]]
+    count = f"{len(differing)} of {len(saved)} arrays are"
+    return f"{count} not what was saved, the first is {differing[0]}" if differing else ""
 
 
 def state_bytes(state: TrainState) -> int:
