@@ -290,6 +290,12 @@ def test_resume_of_a_finished_run_changes_nothing(folder, uninterrupted):
         (["rollout.max_completion_tokens=99", "train.row_tokens=128", "out=x"], "= 107 is more th"),
         (["prompts=missing.jsonl", "out=x", "mesh.data=8"], "missing.jsonl: no such file"),
         (["policy=missing", "out=x"], "missing: no such file or folder"),
+        (["attention.implementation=tpu", "out=x", "mesh.data=8"], "= 'tpu': the devices are cpu"),
+        (["rollout.attention=gpu", "out=x"], "rollout.attention = 'gpu': the devices are cpu"),
+        (
+            ["rollout.prompts_per_step=13", "out=x", "mesh.data=8"],
+            "12 prompts, fewer than rollout.",
+        ),
         (["mesh.fsdp=3", "out=x"], "fsdp=3 x context=1 x tensor=1 needs 3 devices, found 8"),
         (
             ["curriculum_steps=2", "out=x", "mesh.data=8"],
@@ -324,7 +330,8 @@ def test_options_of_the_objective_run_together(folder, tmp_path):
     options = ["drop_solved=true", "objective.kl=0.1", "objective.updates=2", "steps=5",
                "objective.long2short=0.2", "objective.gamma=0", "heldout=",
                "objective.correction=geometric_mask", "objective.aggregation=token",
-               "rollout.group_size=8", "objective.mask_truncated=true"]  # fmt: skip
+               "rollout.group_size=32", "objective.mask_truncated=true",
+               "rollout.prompts_per_step=2"]  # fmt: skip
     done = run(folder, tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert 0 < len(json.loads((tmp_path / "out/kept_prompts.json").read_text())) < len(RECORDS)

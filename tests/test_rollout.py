@@ -1,12 +1,17 @@
 """Groups by hand: which of them teach, and what takes their place."""
 
+import dataclasses
+import types
+
 import numpy as np
 import pytest
 
-from vibejax import data, rollout
+from vibejax import data, policy_update, rollout
 from vibejax.completions import Completion
-from vibejax.config.rl import ObjectiveConfig
-from vibejax.data import DataError, Prompt
+from vibejax.config.rl import ObjectiveConfig, RlConfig
+from vibejax.data import Prompt
+from vibejax.engine import Counts
+from vibejax.records import DataError
 from vibejax.rollout import Rollout
 from vibejax.verifiers import Outcome, Verdict
 
@@ -39,8 +44,10 @@ def test_a_truncated_completion_has_no_advantage_but_counts_in_its_group():
 
 
 def test_groups_that_teach_nothing_make_way_for_others():
-    given = rolled("rrrr", "rwww", "wwww", "WWWW")
-    given = rollout.replaced(given, [0, 2, 3], rolled("rrww", "wwwr", first=10))
+    given, other = rolled("rrrr", "rwww", "wwww", "WWWW"), rolled("rrww", "wwwr", first=10)
+    given = dataclasses.replace(given, counts=Counts(tokens=16, host_s=1.5))
+    given = rollout.replaced(given, [0, 2, 3], dataclasses.replace(other, counts=Counts(tokens=8)))
+    assert given.counts == Counts(tokens=24, host_s=1.5)
     assert [p.index for p in given.prompts] == [10, 1, 11, 3]
     assert given.correct_NG.sum(axis=1).tolist() == [2, 1, 1, 0]
     assert given.refilled == 2 and rollout.group_metrics(given)["rollout/refilled"] == 2
@@ -64,3 +71,36 @@ def test_a_curriculum_begins_with_what_is_easiest():
     assert indices(3.0, 1) == [1, 3, 2, 4, 0]
     with pytest.raises(DataError, match="prompt 2: a curriculum needs its 'accuracy'"):
         data.easiest([prompts[0], Prompt(1, (1,), {})], 0.5, at_least=1)
+
+
+class State(int):
+    """Counts its updates."""
+
+    params = None
+
+    def __add__(self, other):
+        return State(int(self) + other)
+
+
+def test_the_first_update_that_is_not_finite_is_the_last(monkeypatch):
+    given = rolled("rw", "rw", "rw")
+    finite = iter([1.0, 0.0, 1.0])
+
+    def apply(state, sums):
+        counted = {"policy/clipped_tokens": 0.0, "policy/entropy": 0.0}
+        good = next(finite)
+        return state + int(good), counted | {"optimizer/finite": good}
+
+    def scores(step, params, documents, *_):
+        return None, [np.zeros(len(d.tokens), np.float32) for d in documents]
+
+    config = RlConfig(
+        policy="", prompts="", objective={"updates": 3}, train={"row_tokens": 64},
+        rollout={"prompts_per_step": 3, "max_prompt_tokens": 8, "max_completion_tokens": 8},
+    )  # fmt: skip
+    monkeypatch.setattr(policy_update.train, "sum_documents", scores)
+    monkeypatch.setattr(policy_update, "_with_channel", lambda _, __, documents, ___: documents)
+    programs = types.SimpleNamespace(train_step=types.SimpleNamespace(apply=apply))
+    setup = types.SimpleNamespace(config=config, programs=programs, mesh=None)
+    state, metrics = policy_update.update(setup, State(0), given, None)
+    assert (state, metrics["optimizer/finite"]) == (1, 0.0)

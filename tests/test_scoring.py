@@ -65,3 +65,10 @@ def test_majority_score_of_two_answers_is_a_vote():
         correct_G = np.arange(5) < right
         clusters = [c for c in (np.flatnonzero(correct_G), np.flatnonzero(~correct_G)) if len(c)]
         assert scoring.majority_score(clusters, correct_G) == float(right > 2)
+
+
+def test_held_out_metrics_tell_what_was_not_verified():
+    correct_NG = np.array([[True, False], [False, False]])
+    scored_NG = np.array([[True, True], [True, False]])
+    found = scoring.heldout_metrics(correct_NG, scored_NG, np.full((2, 2), 3), ~scored_NG)
+    assert (found["heldout/pass@1"], found["heldout/unscored"]) == (0.25, 0.25)

@@ -1,5 +1,6 @@
 """Any split of a batch gives the same gradient, and a bad gradient changes nothing."""
 
+import dataclasses
 import functools
 
 import jax
@@ -37,14 +38,14 @@ def documents():
     return out
 
 
-def gradient(sizes, row_tokens, rows, remat="none"):
+def gradient(sizes, row_tokens, rows, remat="none", given=None, **objective):
     mesh = sharding.make_mesh(sizes, jax.devices()[: int(np.prod([*sizes.values(), 1]))])
     config = RlConfig(
         policy="",
         prompts="",
         train=TrainConfig(row_tokens=row_tokens, microbatch_rows=rows, remat=remat),
         rollout={"max_prompt_tokens": 1, "max_completion_tokens": 1},
-        objective={"kl": 0.1},
+        objective={"kl": 0.1} | objective,
     )
     adamw = optimizer.make_optimizer(OptimizerConfig(), 10)
     loss_fn = functools.partial(policy_loss, model=MODEL, config=config)
@@ -54,7 +55,9 @@ def gradient(sizes, row_tokens, rows, remat="none"):
             lambda: qwen2.init_params(MODEL, jax.random.key(1)),
             out_shardings=qwen2.param_shardings(MODEL, mesh),
         )
-        sums, logprobs = train.sum_documents(step, create(), documents(), config.train, mesh)
+        sums, logprobs = train.sum_documents(
+            step, create(), given or documents(), config.train, mesh
+        )
     return jax.device_get(sums), logprobs
 
 
@@ -82,6 +85,19 @@ def test_no_split_packing_or_mesh_changes_the_gradient(whole, sizes, row_tokens,
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
     for a, b in zip(logprobs, whole[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_sampler_is_compared_with_the_policy_that_it_sampled_from(whole):
+    """What a step's earlier updates changed is the ratio's to correct, not the mismatch's."""
+    sampler = "sampler_logprob"
+    given = [
+        dataclasses.replace(d, channels=d.channels | {"old_logprob": d.channels[sampler]})
+        for d in documents()
+    ]
+    edges = {"correction_low": 0.99, "correction_high": 1.01}
+    masked = gradient({}, 32, 9, given=given, correction="token_mask", **edges)[0]
+    plain = gradient({}, 32, 9, given=given, correction="none")[0]
+    assert masked.loss == plain.loss != whole[0].loss
 
 
 def test_each_device_holds_its_part_of_parameters_moments_and_gradients():

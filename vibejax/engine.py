@@ -66,6 +66,11 @@ class Counts:
     put_back: int = 0
     host_s: float = 0.0
 
+    def __add__(self, other: "Counts") -> "Counts":
+        """Both, one after the other."""
+        sums = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Counts(*map(sum, sums))
+
 
 class Engine:
     """Decodes on some devices; it is asked for one set of requests at a time."""

@@ -66,7 +66,8 @@ def joined(own: Rollout, prompts: Sequence[Prompt]) -> Rollout:
             ]
         )
     journaled = sum(distributed.gather(own.journaled))
-    return Rollout(prompts, completions, verdicts, journaled=journaled)
+    counts = _total(own.counts)
+    return Rollout(prompts, completions, verdicts, journaled=journaled, counts=counts)
 
 
 def _elsewhere(sample: int, length: int, stop) -> Completion:
@@ -74,14 +75,10 @@ def _elsewhere(sample: int, length: int, stop) -> Completion:
     return Completion(0, sample, zeros.astype(np.int32), zeros.astype(np.float32), stop, here=False)
 
 
-def total(counts: Counts) -> Counts:
+def _total(counts: Counts) -> Counts:
     """What the engines of all processes have done; the seconds are those of the slowest."""
     every = [Counts(**told) for told in distributed.gather(dataclasses.asdict(counts))]
-    sums = {
-        field.name: sum(getattr(one, field.name) for one in every)
-        for field in dataclasses.fields(Counts)
-    }
-    return Counts(**sums | {"host_s": max(one.host_s for one in every)})
+    return dataclasses.replace(sum(every, Counts()), host_s=max(one.host_s for one in every))
 
 
 def place(rows: Rows, mesh: Mesh) -> Batch:

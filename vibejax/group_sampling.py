@@ -81,8 +81,9 @@ def mixed_prompts(
     else:
         how, samples = _training_draws(setup), setup.config.rollout.group_size
         rolled = _sample(setup, state, prompts, pool, how, samples, FILTER_DRAWS)
-        accuracy_N = rolled.correct_NG.mean(axis=1)
-        kept = {p.index for p, a in zip(prompts, accuracy_N, strict=True) if 0 < a < 1}
+        right_N = rolled.correct_NG.any(axis=1)
+        wrong_N = (rolled.scored_NG & ~rolled.correct_NG).any(axis=1)
+        kept = {p.index for p, mixed in zip(prompts, right_N & wrong_N, strict=True) if mixed}
         if not kept:
             raise RunError("drop_solved: no prompt has a group that is partly right")
         if distributed.first():
@@ -93,11 +94,14 @@ def mixed_prompts(
 
 
 def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
-    """Verified completions by the engines, which hold weights and pages for as long as it takes."""
+    """Verified completions by the engines, which hold weights and pages for as long as it takes.
+
+    Raises:
+        RunError: the policy gives no numbers any more.
+    """
     config, engine = setup.config, setup.engine
-    entries = None
+    done, entries = int(state.step) // config.objective.updates, None
     if setup.journal:
-        done = int(state.step) // config.objective.updates
         entries = setup.journal.open(done, step, digests.of_tree(state.params))
     handover.hand_over(
         engine, state.params, setup.programs.score, prompts[0], setup.policy.tokenizer.eos_ids,
@@ -123,7 +127,15 @@ def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
         "step %d: %d prompts, %d tokens in %.1f s", step, len(own.prompts), engine.counts.tokens,
         time.perf_counter() - began,
     )  # fmt: skip
-    return exchange.joined(own, prompts)
+    joined = exchange.joined(own, prompts)
+    if not joined.finite:
+        raise RunError(
+            f"step {step}: the policy's log-probabilities after {done} steps are not finite; "
+            "remove the checkpoints of that step to go on from one before it"
+            if done
+            else f"{config.policy}: the policy's log-probabilities are not finite"
+        )
+    return joined
 
 
 def _training_draws(setup: Setup) -> Sampling:

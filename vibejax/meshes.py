@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from vibejax import qwen2, sharding
@@ -9,6 +10,17 @@ from vibejax.config.mesh import MeshConfig
 from vibejax.config.training import TrainConfig
 from vibejax.qwen2 import ModelConfig
 from vibejax.run_folder import RunError
+
+
+def require_attention(implementation: str, field: str) -> None:
+    """Checks that an implementation of attention is one for this process's devices.
+
+    Raises:
+        RunError: it is a kernel for others.
+    """
+    platform = jax.local_devices()[0].platform
+    if implementation in ("tpu", "gpu") and implementation != platform:
+        raise RunError(f"{field} = {implementation!r}: the devices are {platform}")
 
 
 def make(

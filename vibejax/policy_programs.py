@@ -63,8 +63,10 @@ def policy_loss(
     objective = config.objective
     logprob_BT, entropy_BT = _logprobs(params, rows, model, config)
     weight_BT = rows["weight"]
+    # The sampler is compared with what it sampled from: later updates are the ratio's.
+    old_BT = rows.get("old_logprob", logprob_BT)
     importance_BT = importance.weights(
-        logprob_BT,
+        old_BT,
         rows["sampler_logprob"],
         rows["segment"],
         weight_BT > 0,
@@ -75,7 +77,7 @@ def policy_loss(
     )
     loss, metrics = mgpo.policy_loss(
         logprob_BT,
-        rows.get("old_logprob", logprob_BT),
+        old_BT,
         rows["advantage"],
         weight_BT,
         importance_BT,

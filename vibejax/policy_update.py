@@ -24,7 +24,7 @@ def update(
     """The optimizer update (or updates) on one rollout, and the step's metrics.
 
     A completion whose advantage is 0 has no gradient and is left out of the rows; loss weights
-    are those of the whole rollout.
+    are those of the whole rollout. One that is not finite changes nothing and is the last.
 
     Raises:
         RunError: sampler and trainer disagree by more than objective.max_mean_dlogp.
@@ -57,6 +57,8 @@ def update(
         learnt = sum(np.count_nonzero(d.weights) for d in chosen)
         metrics["policy/clipped"] = metrics.pop("policy/clipped_tokens") / max(learnt, 1)
         metrics["policy/entropy"] /= max(learnt, 1)
+        if not metrics["optimizer/finite"]:
+            break
     return state, metrics
 
 

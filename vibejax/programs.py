@@ -14,6 +14,9 @@ from vibejax.kernels import tiles
 from vibejax.run_folder import RunError
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+# Else processes that compile wait for what the first has tried, which compiles nothing that it
+# finds on its disk.
+EACH_TUNES = "--xla_gpu_shard_autotuning=false"
 LOOK_S = 0.5  # between two looks at whether the run is to end
 SAY_S = 5.0  # at least, between two lines about what is compiled
 
@@ -24,7 +27,8 @@ def prepare(*, deterministic: bool) -> None:
     """Keeps compiled programs on disk, so that a run that is started again finds them there.
 
     Where, JAX's own settings say, else it is ~/.cache/vibejax/compiled. Those of a CPU are only
-    kept where JAX is told so: they take seconds, and are for one kind of processor.
+    kept where JAX is told so: they take seconds, and are for one kind of processor. Of several
+    processes the first writes them: the others find them where they share the folder.
 
     Args:
         deterministic: whether a program must give the same bits each time on GPUs too, where fast
@@ -39,13 +43,15 @@ def prepare(*, deterministic: bool) -> None:
         tiles.overrides()
     except ValueError as error:
         raise RunError(str(error)) from None
-    flags = os.environ.get("XLA_FLAGS", "")
-    if deterministic and DETERMINISTIC not in flags.split():
-        if backends_are_initialized() and jax.default_backend() == "gpu":
-            raise RunError(
-                f"deterministic: this process uses its GPUs already; set XLA_FLAGS={DETERMINISTIC}"
-            )
-        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    wanted = [DETERMINISTIC] * deterministic + [EACH_TUNES] * (distributed.count() > 1)
+    missing = [flag for flag in wanted if flag not in flags]
+    if DETERMINISTIC in missing and backends_are_initialized() and jax.default_backend() == "gpu":
+        raise RunError(
+            f"deterministic: this process uses its GPUs already; set XLA_FLAGS={DETERMINISTIC}"
+        )
+    if missing:
+        os.environ["XLA_FLAGS"] = " ".join([*flags, *missing])
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "vibejax" / "compiled"))

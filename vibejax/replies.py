@@ -11,7 +11,7 @@ import numpy as np
 from vibejax.completions import Request
 from vibejax.decode import Sampling
 from vibejax.engine import Engine
-from vibejax.run_folder import Log, RunError, read_log
+from vibejax.run_folder import Log, RunError
 from vibejax.tokenizer import Message, Tokenizer
 
 Place = tuple[int, ...]
@@ -101,7 +101,7 @@ def replies(
     Raises:
         RunError: the logits are not numbers.
     """
-    log = Log(path, len(read_log(path)))
+    log = Log(path)
     found = {(tuple(row["place"]), row["question_sha256"]): row for row in log.rows}
     keys = [(question.place, question.sha256) for question in questions]
     missing = [n for n, key in enumerate(keys) if key not in found]
@@ -119,6 +119,6 @@ def replies(
                 "stop": completion.stop,
             }
             found[place, digest] = row
-            log.write(len(log.rows) + 1, row)
+            log.append(row)
     log.close()
     return {key[0]: found[key] for key in keys}

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 from vibejax import (
     data,
     distributed,
-    exchange,
     goodput,
     group_sampling,
     memory_plan,
@@ -41,6 +40,7 @@ from vibejax import (
 from vibejax.checkpoint import Checkpoints
 from vibejax.config.rl import RlConfig
 from vibejax.config_file import errors_in_one_line, parse_args
+from vibejax.data import Prompt
 from vibejax.journal import Journal
 from vibejax.metrics import Metrics
 from vibejax.profiling import Profile
@@ -94,6 +94,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     setup = rl_setup.set_up(config)
     read = functools.partial(policy.read_prompts, setup.policy, config=config.rollout)
     prompts = read(config.prompts)
+    _require_enough(prompts, config, f"{config.prompts} has")
     if config.curriculum_steps:
         data.easiest(prompts, 1.0, at_least=1)  # names a record without accuracy before all else
     heldout = read(config.heldout)[: config.eval.prompts] if config.heldout else []
@@ -125,10 +126,13 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                 return {}
             rolled = group_sampling.evaluate_heldout(setup, state, heldout, pool)
             evaluations.write(step, {"accuracy": rolled.correct_NG.mean(axis=1).tolist()})
-            return scoring.heldout_metrics(rolled.correct_NG, rolled.length_NG, rolled.truncated_NG)
+            return scoring.heldout_metrics(
+                rolled.correct_NG, rolled.scored_NG, rolled.length_NG, rolled.truncated_NG
+            )
 
         if config.drop_solved:
             prompts = group_sampling.mixed_prompts(setup, state, prompts, pool, folder)
+            _require_enough(prompts, config, "drop_solved leaves")
         if done == 0:
             metrics.write(0, evaluate(state, 0))
         for step in range(done + 1, config.steps + 1):
@@ -136,22 +140,19 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             profile.begin(step)
             rolled = group_sampling.roll_out(setup, state, prompts, step, pool)
             sampled = time.perf_counter()
-            if not rolled.finite:
-                raise RunError(
-                    f"step {step}: sampled log-probabilities are not finite; what the last update "
-                    f"made is of no use, the checkpoint of step {checkpoints.latest_step()} is"
-                )
             state, values = policy_update.update(setup, state, rolled, reference)
             if not values["optimizer/finite"]:
-                checkpoints.save(step - 1, state)
+                last = checkpoints.latest_step()
+                if int(state.step) == (step - 1) * config.objective.updates:  # not amid a step
+                    checkpoints.save(last := step - 1, state)
                 raise RunError(
                     f"step {step}: the loss or the gradient is not finite; the state after step "
-                    f"{step - 1} is saved in {checkpoints.folder}"
+                    f"{last or 0} is saved in {checkpoints.folder}"
                 )
-            values |= rollout.engine_metrics(exchange.total(setup.engine.counts)) | {
+            values |= rollout.engine_metrics(rolled.counts) | {
                 "time/step_s": time.perf_counter() - start,
                 "time/sample_s": sampled - start,
-                "time/sampled_tokens_per_s": rolled.length_NG.sum() / (sampled - start),
+                "time/sampled_tokens_per_s": rolled.counts.tokens / (sampled - start),
             }
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 values |= evaluate(state, step)
@@ -183,6 +184,15 @@ def _checkpoints(folder: Path, config: RlConfig) -> Checkpoints:
     kept = config.checkpoint
     place = run_folder.checkpoints(config, folder)
     return Checkpoints(place, keep=kept.keep, keep_every=kept.keep_every)
+
+
+def _require_enough(prompts: Sequence[Prompt], config: RlConfig, who: str) -> None:
+    """Raises RunError where a step would have to sample a prompt twice, with the same draws."""
+    count = config.rollout.prompts_per_step
+    if len(prompts) < count:
+        raise RunError(
+            f"{who} {len(prompts)} prompts, fewer than rollout.prompts_per_step = {count}"
+        )
 
 
 def _load(setup: Setup) -> Params:

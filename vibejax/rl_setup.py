@@ -56,6 +56,7 @@ def set_up(config: RlConfig) -> Setup:
     opened = policy.open_policy(config.policy, config.rollout)
     model = opened.model
     mesh = meshes.make(config.mesh, [model], config.train)
+    meshes.require_attention(config.attention.implementation, "attention.implementation")
     limit = memory_plan.device_bytes(mesh.local_devices[0])
     engine = Engine(
         sampler_copy.shapes(model, config.train.dtype),

@@ -35,6 +35,7 @@ class Rollout:
         verdicts: `verdicts[n][g]` judges it.
         refilled: groups that took the place of others.
         journaled: completions that were sampled before a restart.
+        counts: what the engines did for it, for groups that made way too.
     """
 
     prompts: Sequence[Prompt]
@@ -42,6 +43,7 @@ class Rollout:
     verdicts: list[list[Verdict]]
     refilled: int = 0
     journaled: int = 0
+    counts: Counts = dataclasses.field(default_factory=Counts)
 
     @property
     def finite(self) -> bool:
@@ -135,7 +137,8 @@ def sample(
         entries=entries,
     ):
         completions[n], verdicts[n] = group, judged
-    return Rollout(prompts, completions, verdicts, journaled=entries.reused if entries else 0)
+    reused = entries.reused if entries else 0
+    return Rollout(prompts, completions, verdicts, journaled=reused, counts=engine.counts)
 
 
 def groups(
@@ -218,8 +221,14 @@ def replaced(rollout: Rollout, places: Sequence[int], other: Rollout) -> Rollout
         places, other.prompts, other.completions, other.verdicts, strict=False
     ):
         prompts[n], completions[n], verdicts[n] = prompt, group, judged
-    refilled = rollout.refilled + len(other.prompts)
-    return Rollout(prompts, completions, verdicts, refilled, rollout.journaled + other.journaled)
+    return Rollout(
+        prompts,
+        completions,
+        verdicts,
+        refilled=rollout.refilled + len(other.prompts),
+        journaled=rollout.journaled + other.journaled,
+        counts=rollout.counts + other.counts,
+    )
 
 
 def engine_metrics(counts: Counts) -> dict[str, float]:

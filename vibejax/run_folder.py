@@ -191,27 +191,39 @@ class Log:
     """A JSONL file of one object a line, each with its `step`.
 
     Opened at step s, it drops the lines of later steps and a half-written last line: a resumed
-    run writes them again. At step 0 a run begins anew and all lines go. Of several processes
-    the first writes.
+    run writes them again. At step 0 a run begins anew and all lines go. Opened at no step, it keeps
+    all whole lines, whose steps are their numbers. Of several processes the first writes.
     """
 
-    def __init__(self, path: Path, step: int):
-        """Opens `path` for writing after step `step`."""
-        self.rows = [row for row in read_log(path) if row["step"] <= step and step > 0]
+    def __init__(self, path: Path, step: int | None = None):
+        """Opens `path` for writing after `step`."""
+        self._path, self._last = path, 0
         if distributed.first():
             part = path.with_suffix(".part")
             with part.open("w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+                for row in _whole_lines(path):
+                    if step is None or row["step"] <= step > 0:
+                        file.write(json.dumps(row) + "\n")
+                        self._last = row["step"]
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
         self._file = path.open("a") if distributed.first() else open(os.devnull, "w")
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines; they are read from the file, which may be longer than what fits here."""
+        return read_log(self._path)
+
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Appends one line, at once visible to readers."""
-        self.rows.append({"step": step, **row})
-        self._file.write(json.dumps(self.rows[-1]) + "\n")
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
+        self._last = step
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Appends one line, whose step is the next."""
+        self.write(self._last + 1, row)
 
     def sync(self) -> None:
         """Waits until the disk has all lines: a checkpoint must not outlive them."""
@@ -225,7 +237,10 @@ class Log:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; nothing where there is none, and no half-written last line."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [*_whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        with path.open() as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))

@@ -79,12 +79,16 @@ def bootstrap_interval(
 
 
 def heldout_metrics(
-    correct_NG: np.ndarray, length_NG: np.ndarray, truncated_NG: np.ndarray
+    correct_NG: np.ndarray,
+    scored_NG: np.ndarray,
+    length_NG: np.ndarray,
+    truncated_NG: np.ndarray,
 ) -> dict[str, float]:
     """What a held-out evaluation says, as metrics.
 
     Args:
         correct_NG: [N, G] bool.
+        scored_NG: [N, G] bool, False where the verifier could not say; not correct then.
         length_NG: [N, G] int, completion tokens.
         truncated_NG: [N, G] bool, ended by the limit.
     """
@@ -95,4 +99,5 @@ def heldout_metrics(
         "heldout/pass@1_high": high,
         "heldout/length": float(length_NG.mean()),
         "heldout/truncated": float(truncated_NG.mean()),
+        "heldout/unscored": float(1.0 - scored_NG.mean()),
     }

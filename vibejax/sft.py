@@ -185,6 +185,7 @@ def set_up(config: SftConfig) -> Setup:
     if config.context:
         model = dataclasses.replace(model, context=config.context)
     mesh = meshes.make(config.mesh, [model], config.train)
+    meshes.require_attention(config.attention.implementation, "attention.implementation")
     read = _read(config, config.data, tokens, model)
     heldout = _read(config, config.heldout, tokens, model).documents if config.heldout else []
     count = len(read.documents)

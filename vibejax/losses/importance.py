@@ -30,7 +30,7 @@ LOG_RATIO_BOUND = 20.0  # a sequence's summed log-ratio is clamped to it
 
 @jax.named_scope("importance")
 def weights(
-    logprob_BT: jax.Array,
+    old_logprob_BT: jax.Array,
     sampler_logprob_BT: jax.Array,
     segment_BT: jax.Array,
     mask_BT: jax.Array,
@@ -47,7 +47,7 @@ def weights(
     and 0 outside, and `geometric_mask` the token's own r where the completion's mean is inside.
 
     Args:
-        logprob_BT: [B, T] float32 under the trainer.
+        old_logprob_BT: [B, T] float32 under the trainer, before the first update on the batch.
         sampler_logprob_BT: [B, T] float32 as sampled.
         segment_BT: [B, T] int32, which completion of the row a token belongs to.
         mask_BT: [B, T] bool, completion tokens.
@@ -59,7 +59,7 @@ def weights(
     Returns:
         [B, T] float32, 0 outside `mask_BT`.
     """
-    delta_BT = jnp.where(mask_BT, jax.lax.stop_gradient(logprob_BT) - sampler_logprob_BT, 0.0)
+    delta_BT = jnp.where(mask_BT, jax.lax.stop_gradient(old_logprob_BT) - sampler_logprob_BT, 0.0)
     ratio_BT = jnp.exp(jnp.clip(delta_BT, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     if correction == "none":
         weight_BT = jnp.ones_like(ratio_BT)
