@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vibejax import benchmarks, data
+from vibejax import benchmarks
+from vibejax.records import read_records
 from vibejax.verifiers import choice, code, instruct, math, math_judge
 from vibejax.verifiers.worker import names
 
@@ -125,10 +126,10 @@ def write(path, row):
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_of_each_layout_gives_records_that_its_verifier_judges(name, tmp_path):
     row, suffix, right, wrong = CASES[name]
-    ((_, read),) = data.read_records(write(tmp_path / f"b{suffix}", row))
+    ((_, read),) = read_records(write(tmp_path / f"b{suffix}", row))
     record = benchmarks.prompt_record(read)
     assert "messages" in record or "prompt" in record
-    assert data.TRUTHS & record.keys()
+    assert benchmarks.TRUTHS & record.keys()
     (verifier,) = names(record)
     json.dumps(record)
     assert VERIFIERS[verifier].verify(record, right).correct

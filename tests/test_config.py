@@ -1,3 +1,5 @@
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from vibejax.config.probe import ProbeConfig
 from vibejax.config.rl import RlConfig
 from vibejax.config.sft import SftConfig
 from vibejax.config_file import ConfigError, load
+from vibejax.verifiers import worker
 from vibejax.verifiers.pool import Pool
 
 ROOT = Path(__file__).parents[1]
@@ -115,3 +118,25 @@ def test_help_lists_every_field_with_type_default_and_meaning():
 
 def test_every_shipped_configuration_is_read():
     assert {p for _, p in SHIPPED} >= {*CONFIGS.glob("*.toml")}
+
+
+def test_a_judge_has_limits_of_its_own(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(BASE)
+    arguments = load(RlConfig, path, ["verifiers.judge.timeout_s=300"]).verifiers.pool_arguments()
+    for name in ("rubric", "math_judge"):
+        assert arguments["settings"][name]["timeout_s"] == 300 < arguments["limits_s"][name]
+        taken = inspect.signature(importlib.import_module(worker.MODULES[name]).verify).parameters
+        assert taken.keys() >= arguments["settings"][name].keys()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["verifiers.memory_mb=100", "optimizer.warmup=100", "optimizer.beta2=1.0", "seed=4294967296",
+     "verifiers.judge.timeout_s=86400"],
+)  # fmt: skip
+def test_numbers_that_nothing_could_work_with_are_refused(tmp_path, setting):
+    path = tmp_path / "c.toml"
+    path.write_text(BASE)
+    with pytest.raises(ConfigError, match=f"--set: {setting.partition('=')[0]}"):
+        load(RlConfig, path, [setting])

@@ -217,8 +217,9 @@ def test_traces_are_verified(tmp_path):
         {"id": "right", "messages": chat, **truth},
         {"id": "wrong", "prompt": "1 + 1 = ?", "completion": r"\boxed{3}", **truth},
     ]
-    run(configured(tmp_path, records, verify_traces=True))
-    assert read(tmp_path / "out.jsonl") == records[:1]
+    open_ended = {"id": "open", "prompt": "A poem!", "completion": "Roses are red."}
+    run(configured(tmp_path, [*records, open_ended], verify_traces=True))
+    assert read(tmp_path / "out.jsonl") == [records[0], open_ended], "nothing speaks against it"
     (row,) = read(tmp_path / "out.dropped.jsonl")
     assert row["reason"] == "trace_wrong"
     assert row["match"] == {"outcome": "wrong", "answer": "3"}
@@ -240,11 +241,12 @@ LINE = '{"prompt": "What is 1 + 1?"}\n'
         ("", {}, "in.jsonl: is empty"),
         (LINE, {"rollouts": {"keep": "hard"}}, ":1: has neither an 'accuracy' nor 'completions'"),
         ('{"prompt": "x", "accuracy": 2}\n', {"rollouts": {"keep": "hard"}}, "accuracy = 2: must"),
-        ('{"prompt": "x", "completions": [{"text": "1"}]}\n', {"rollouts": {"keep": "mixed"}},
-         "in.jsonl:1: record lacks `verifier`"),
+        ('{"prompt": "x", "verifier": "sums", "completions": [{"text": "1"}]}\n',
+         {"rollouts": {"keep": "mixed"}}, "in.jsonl:1: verifier = 'sums' is unknown"),
         ('{"prompt": "x", "completions": [{}]}\n', {"rollouts": {"pseudo_labels": True}},
          "in.jsonl:1: completion 1 has no 'text'"),
-        (LINE, {"verify_traces": True}, "in.jsonl:1: has no trace"),
+        ('{"prompt": "x", "verifier": "math", "ground_truth": 1}\n', {"verify_traces": True},
+         "in.jsonl:1: has no trace"),
     ],
 )  # fmt: skip
 def test_bad_records_are_named_by_line(tmp_path, text, more, message):
@@ -330,3 +332,36 @@ def test_the_command_says_errors_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'in.jsonl'}:601: the last line is cut off")
+
+
+def test_rollouts_that_nothing_can_verify_say_nothing(tmp_path):
+    asked = {"prompt": "A poem!", "completions": [{"text": "Roses"}]}
+    run(configured(tmp_path, [asked], rollouts={"keep": "hard"}))
+    (row,) = read(tmp_path / "out.dropped.jsonl")
+    assert row["reason"] == "unverified"
+
+
+def test_only_what_may_be_math_is_labelled(tmp_path):
+    texts = [{"text": r"\boxed{4}"}] * 3
+    code = {"prompt": "f?", "verifier": "code", "tests": {"type": "call"}, "completions": texts}
+    prose = {"prompt": "A poem!", "verifier": "rubric", "completions": texts}
+    run(configured(tmp_path, [code, prose], rollouts={"pseudo_labels": True}))
+    left = [{k: v for k, v in record.items() if k != "completions"} for record in (code, prose)]
+    assert read(tmp_path / "out.jsonl") == left
+
+
+def test_evaluation_sets_are_read_as_they_are_published(tmp_path):
+    """Without what evaluation adds to their questions, which many prompts have in common."""
+    added = r" Please reason step by step, and put your final answer within \boxed{}."
+    write(tmp_path / "gsm8k.jsonl", [{"question": ITEM, "answer": "so #### 14"}])
+    (tmp_path / "answerbench.csv").write_text(f'Problem ID,Problem,Short Answer\n1,"{VERSE}",2\n')
+    records = [
+        {"id": "a", "prompt": ITEM},
+        {"id": "b", "prompt": VERSE},
+        {"id": "c", "prompt": "How many legs have six spiders and two birds?" + added},
+    ]
+    sets = [f"{tmp_path}/gsm8k.jsonl", f"{tmp_path}/answerbench.csv"]
+    run(configured(tmp_path, records, decontaminate={"sets": sets}))
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == ["c"]
+    matches = [row["match"]["item"] for row in read(tmp_path / "out.dropped.jsonl")]
+    assert [match.partition(":")[0] for match in matches] == ["gsm8k", "answerbench"]

@@ -1,4 +1,6 @@
 import dataclasses
+import datetime
+import decimal
 import gzip
 import json
 
@@ -9,7 +11,7 @@ import tiny
 import tokenizers
 
 from vibejax import data, tokenizer
-from vibejax.data import DataError
+from vibejax.records import DataError, read_records
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def write(path, *lines):
         (('{"prompt": 1}',), ":1: has neither 'messages' nor a 'prompt' text"),
         (('{"messages": [{"role": "user"}]}',), ":1: messages must be a list of"),
         (('{"prompt": ""}',), ":1: the prompt is empty"),
+        ((r'{"prompt": "1\ud83d"}',), r":1: the text holds '\ud83d', half of a character"),
         (('{"prompt": "1"}', '{"prompt": "1+2+3+4"}'), ":2: the prompt has 7 tokens, more than"),
     ],
 )
@@ -70,7 +73,7 @@ def test_verl_columns_are_read(tmp_path, tokens):
 def test_rows_of_a_csv_file_keep_line_breaks_within_quotes(tmp_path):
     path = tmp_path / "p.csv"
     path.write_bytes(b'\xef\xbb\xbfprompt,verifier\r\n"1,\n2",math\r\n3,\r\n')
-    assert list(data.read_records(path)) == [
+    assert list(read_records(path)) == [
         (1, {"prompt": "1,\n2", "verifier": "math"}), (2, {"prompt": "3", "verifier": ""}),
     ]  # fmt: skip
 
@@ -78,7 +81,7 @@ def test_rows_of_a_csv_file_keep_line_breaks_within_quotes(tmp_path):
 def test_a_gzip_file_of_json_lines_is_read(tmp_path):
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "1"}\n{"prompt": "2"}\n'))
-    assert [record["prompt"] for _, record in data.read_records(path)] == ["1", "2"]
+    assert [record["prompt"] for _, record in read_records(path)] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_a_gzip_file_of_json_lines_is_read(tmp_path):
 def test_files_that_are_not_what_their_names_say(tmp_path, name, held, message):
     (tmp_path / name).write_bytes(held)
     with pytest.raises(DataError) as error:
-        list(data.read_records(tmp_path / name))
+        list(read_records(tmp_path / name))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -163,3 +166,18 @@ def test_shipped_task_is_what_the_command_generates():
     for name in ("train", "heldout"):
         path = resolve(f"package:vibejax/quickstart/{name}.jsonl")
         assert [json.loads(line) for line in path.read_text().splitlines()] == task[name]
+
+
+def test_a_parquet_file_has_what_json_has(tmp_path):
+    """Text in place of dates and decimals, and no field that a record does not have."""
+    when = datetime.datetime(2026, 1, 2)
+    rows = [
+        {"prompt": "1", "at": when, "price": {"of": [decimal.Decimal("1.50")]}, "messages": None},
+        {"prompt": "2", "at": None, "price": None, "messages": [{"role": "user", "content": "x"}]},
+    ]
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [record for _, record in read_records(path)] == [
+        {"prompt": "1", "at": "2026-01-02 00:00:00", "price": {"of": ["1.50"]}},
+        {"prompt": "2", "messages": [{"role": "user", "content": "x"}]},
+    ]

@@ -15,6 +15,7 @@ from vibejax.config_file import ConfigError, InputError, load
 from vibejax.distill import __main__ as distill
 from vibejax.distill import scores, traces
 from vibejax.losses.distillation import Fate
+from vibejax.verifiers import Outcome, Verdict
 
 NAME = "package:vibejax/quickstart/policy"
 TOML = f"""
@@ -251,6 +252,27 @@ def test_another_selection_costs_nothing_and_another_seed_is_another_run(
 # Scripted trajectories --------------------------------------------------------------------------
 
 
+class UndecidedPool:
+    """Verifiers that never come to a verdict."""
+
+    def __init__(self, **_):
+        self.waiting = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, key, record, completion):
+        verdict = Verdict(correct=False, reward=0.0, outcome=Outcome.TIMEOUT)
+        self.waiting.append((key, verdict))
+
+    def finished(self, *, wait):
+        done, self.waiting = self.waiting, []
+        yield from done
+
+
 def test_what_is_no_trace_is_counted_for_its_reason(inputs, tmp_path):
     """Two teachers of one domain: the second says again what the first said."""
     other = copy_of_the_teacher(tmp_path / "other")
@@ -273,7 +295,7 @@ def test_what_is_no_trace_is_counted_for_its_reason(inputs, tmp_path):
             [completion("0" + second), *[completion("1", outcome="crash")] * 4],
         ],
     )  # fmt: skip
-    out = distill.run(config)
+    out = distill.run(config, UndecidedPool)
     result = json.loads((out / "report.json").read_text())
     together = result["cells"][-1]
     counted = {end: n for end, n in together.items() if isinstance(n, int) and n}

@@ -129,13 +129,16 @@ def test_greedy_completions_of_a_problem_are_all_the_same(ran, tmp_path):
         assert len({completion["text"] for completion in row["completions"]}) == 1
 
 
-def test_other_weights_are_another_run(ran, tmp_path, never_sampled):
+def test_other_weights_or_another_judge_are_another_run(ran, tmp_path, never_sampled, monkeypatch):
     out = shutil.copytree(ran / "out", tmp_path / "out")
     held = json.loads((out / "checkpoint.json").read_text())
     held["sha256"]["model.safetensors"] = "0" * 64
     (out / "checkpoint.json").write_text(json.dumps(held))
     with pytest.raises(InputError, match=r"out: holds completions of other weights than .*policy"):
         run(ran, out, "resume=true")
+    monkeypatch.setenv("VIBEJAX_JUDGE_MODEL", "other")
+    with pytest.raises(InputError, match="holds verdicts of the judge None, and VIBEJAX_JUDGE_MO"):
+        run(ran, ran / "out", "resume=true")
     with pytest.raises(InputError, match="another configuration: samples: 8 -> 9"):
         run(ran, ran / "out", "resume=true", "samples=9")
 

@@ -15,7 +15,8 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"config", "sharding", "distributed", "rope", "digests", "buckets"},
     {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
     | {"goodput", "profiling", "weight_products"},
-    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"},
+    {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"}
+    | {"records"},
     {"domains", "sampler_copy", "meshes"},
     {"checkpoint_config"},
     {"safetensors_folder"},

@@ -1,11 +1,12 @@
 """Pipelines of real stages that need no training: order, manifests, going on, and bad input."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from vibejax import domains, merge, pipeline
+from vibejax import domains, generate, merge, pipeline
 from vibejax.config_file import ConfigError, InputError
 
 POLICY = "package:vibejax/quickstart/policy"
@@ -96,6 +97,31 @@ def test_a_pipeline_goes_on_after_the_last_finished_stage(config, monkeypatch, c
     assert manifest(config, "tasks") == first
     run(config)
     assert capsys.readouterr().out.count("finished before") == 3
+
+
+def test_completions_of_a_stopped_stage_are_not_sampled_again(config, monkeypatch, capsys):
+    arguments = ["{merged}", "--prompts", "{tasks}/math_train.jsonl", "--max-tokens", "4",
+                 "--out", "{out}/rollouts.jsonl"]  # fmt: skip
+    stage = f'[[stages]]\nname = "sampled"\nrun = "generate"\narguments = {json.dumps(arguments)}\n'
+    config.write_text(config.read_text() + stage)
+    rows, count = generate._rows, itertools.count()
+
+    def broken(*given):
+        if next(count) == 2:
+            raise InputError("the disk is full")
+        return rows(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_rows", broken)
+        with pytest.raises(SystemExit):
+            run(config)
+    path = config.parent / "out/sampled/rollouts.jsonl"
+    held = path.read_text()
+    assert held.count("\n") == 2
+    monkeypatch.setattr(generate, "_rows", lambda *given: next(count) and rows(*given))
+    run(config)
+    assert path.read_text().startswith(held) and path.read_text().count("\n") == 8
+    assert next(count) == 3 + 6, "the first two are not made again"
 
 
 def test_a_finished_stage_whose_settings_or_inputs_changed_is_not_passed_over(config, capsys):

@@ -102,3 +102,27 @@ def test_a_changed_record_is_answered_anew(asked, tmp_path):
 def test_completions_that_cannot_fit_are_refused():
     with pytest.raises(InputError, match="is more than the 512 positions of package:"):
         policy.open_policy(NAME, CONFIG.model_copy(update={"max_completion_tokens": 600}))
+
+
+def test_what_could_not_be_verified_is_verified_again(asked, tmp_path):
+    path = tmp_path / "a.jsonl"
+    whole, _ = answers(asked, path)
+    lines = run_folder.read_log(path)
+    unsure = lines[1]["completions"][2]
+    unsure |= {"correct": False, "reward": 0.0, "outcome": "unscored"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again, pool = answers(asked, path)
+    prompt = SUMS[lines[1]["prompt"]]["prompt"]
+    assert again == whole and pool.asked == [(prompt, unsure["text"])]
+    again, pool = answers(asked, path)
+    assert again == whole and not pool.asked, "the verdict is stored"
+
+
+def test_nobody_who_judges_sees_the_answer_of_a_demonstration(asked, tmp_path):
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    record = {"messages": chat, "verifier": "math", "ground_truth": "2"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+    long = CONFIG.model_copy(update={"max_prompt_tokens": 99})
+    (prompt,) = policy.read_prompts(asked[0], str(tmp_path / "p.jsonl"), long)
+    assert prompt.record == record | {"messages": chat[:1]}
+    assert list(prompt.tokens) == asked[0].tokenizer.encode_chat(chat[:1])

@@ -208,6 +208,7 @@ def test_what_could_not_be_verified_is_said(folder, tmp_path, sampled, monkeypat
     "setting, message",
     [
         ('checkpoints=["IN/early", "IN/gone"]', "IN/gone: no such file or folder"),
+        ('checkpoints=["IN/earl*", "IN/early"]', "checkpoints: IN/early is named twice"),
         ("domains.code=IN/gone.jsonl", "IN/gone.jsonl: no such file"),
         ("domains.code=IN/bare.jsonl", "IN/bare.jsonl:2: has no 'ground_truth'"),
         (

@@ -38,6 +38,9 @@ from typing import *
 # What solutions on LeetCode may use without importing it. Not all of math and operator: their
 # pow would stand for the builtin one, which takes a modulus.
 
+TRUTHS = {"ground_truth", "tests", "public_test_cases", "private_test_cases"}
+"""Fields of which a record that can be verified has at least one."""
+
 SHOWN_COLUMNS = 20
 _ENTRY_POINT = re.compile(r"([A-Za-z_]\w*)(?:\(\)\.[A-Za-z_]\w*)?", re.ASCII)
 
@@ -48,13 +51,40 @@ def prompt_record(row: Row) -> Record:
     Raises:
         ValueError: the columns are of no layout in `LAYOUTS`, or a value cannot be used.
     """
+    return _layout(row).read(row)
+
+
+def problem(row: Row) -> str | None:
+    """What a row asks, without a word of ours; None of a prompt record, which may hold others'.
+
+    Raises:
+        ValueError: the columns are of no layout in `LAYOUTS`, or a value cannot be used.
+    """
+    column = _layout(row).problem
+    return _text(row, column) if column else None
+
+
+def _layout(row: Row) -> "Layout":
     held = {name for name, value in row.items() if value is not None}  # parquet fills all columns
     for layout in LAYOUTS:
         if held.issuperset(layout.columns):
-            return layout.read(row)
+            return layout
     found = [f"{name!r:.40}" for name in row][:SHOWN_COLUMNS]
     known = "; ".join(f"{layout.name} ({', '.join(layout.columns)})" for layout in LAYOUTS)
     raise ValueError(f"has the columns {', '.join(found)}, of no known layout; known are {known}")
+
+
+def asked(record: Record) -> Record:
+    """A prompt record without the answer, which the last message of a demonstration is.
+
+    Completions are made, and judged, by what was asked alone.
+    """
+    messages = record.get("messages")
+    if not isinstance(messages, list) or len(messages) < 2:
+        return record
+    last = messages[-1]
+    answered = isinstance(last, Mapping) and last.get("role") == "assistant"
+    return record | {"messages": messages[:-1]} if answered else record
 
 
 def _prompt_record(row: Row) -> Record:
@@ -214,11 +244,13 @@ class Layout(NamedTuple):
         name: of the benchmark.
         columns: that a row must have; others do not matter.
         read: a row to a prompt record; raises ValueError.
+        problem: the column that asks; empty: the prompt does.
     """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Row], Record]
+    problem: str = ""
 
 
 _GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3)))
@@ -227,22 +259,28 @@ LAYOUTS = (  # the first that fits counts: a prompt record may have any other fi
     Layout("prompt record", ("messages",), _prompt_record),
     Layout("prompt record", ("prompt", "verifier"), _prompt_record),
     Layout("verl", ("prompt", "reward_model"), _verl),
-    Layout("IFEval, IFBench", ("key", "prompt", "instruction_id_list", "kwargs"), _ifeval),
+    Layout(
+        "IFEval, IFBench", ("key", "prompt", "instruction_id_list", "kwargs"), _ifeval, "prompt"
+    ),
     Layout(
         "LeetCodeDataset",
         ("prompt", "problem_description", "starter_code", "entry_point", "test"),
         _leetcode_dataset,
+        "problem_description",
     ),
-    Layout("HumanEval", ("prompt", "entry_point", "test"), _humaneval),
-    Layout("LeetCode contests", ("prompt_sft", "test"), _leetcode_contest),
-    Layout("OJBench", ("id", "prompt", "dataset", "language"), _ojbench),
+    Layout("HumanEval", ("prompt", "entry_point", "test"), _humaneval, "prompt"),
+    Layout("LeetCode contests", ("prompt_sft", "test"), _leetcode_contest, "prompt_sft"),
+    Layout("OJBench", ("id", "prompt", "dataset", "language"), _ojbench, "prompt"),
     Layout("prompt without a verifier", ("prompt",), _prompt_record),
     Layout(
         "LiveCodeBench",
         ("question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata"),
         _livecodebench,
+        "question_content",
     ),
-    Layout("IMO-AnswerBench", ("Problem ID", "Problem", "Short Answer"), _imo_answerbench),
-    Layout("GPQA", ("Question", *_GPQA_OPTIONS), _gpqa),
-    Layout("GSM8K", ("question", "answer"), _gsm8k),
+    Layout(
+        "IMO-AnswerBench", ("Problem ID", "Problem", "Short Answer"), _imo_answerbench, "Problem"
+    ),
+    Layout("GPQA", ("Question", *_GPQA_OPTIONS), _gpqa, "Question"),
+    Layout("GSM8K", ("question", "answer"), _gsm8k, "question"),
 )

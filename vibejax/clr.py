@@ -46,7 +46,11 @@ from vibejax.votes import equal_answers
 
 CHANGEABLE = ("repeats",)  # fields in which a resumed run may differ
 EXTRACTION, CHECKING = 1, 2  # the "steps" of the engine's draws; completions have 0
-ANSWERING = ("math", "choice")  # the verifiers that say which answer a completion gives
+ANSWERING = (
+    "math",
+    "math_judge",
+    "choice",
+)  # verifiers that say what is answered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def run(config: ClrConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(mesh):
             for repeat in range(1, config.repeats + 1):
                 for row in votes(task, config, load, pool, folder, repeat):
-                    log.write(len(log.rows) + 1, row)
+                    log.append(row)
         log.close()
         found = clr_results.results(log.rows, claims=config.claims, repeats=config.repeats)
         write_json(folder / "results.json", {"policy": config.policy, **found})
@@ -116,7 +120,7 @@ def read_task(config: ClrConfig) -> Task:
         if len(names) != 1 or names[0] not in ANSWERING:
             raise RunError(
                 f"{where}: verifier = {prompt.record['verifier']!r} gives no answer to vote on; "
-                f"must be {' or '.join(ANSWERING)}"
+                f"must be one of {', '.join(ANSWERING)}"
             )
         problem = problem_of(prompt.record)
         for name, chat in (

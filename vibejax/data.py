@@ -1,39 +1,25 @@
-"""Records from JSONL, CSV and parquet files, as prompts or as demonstrations, and their order.
+"""Records as prompts or as demonstrations, and their order.
 
 A prompt record holds `messages` (or `prompt`, text that is encoded as it is), the name of its
 `verifier`, its `ground_truth`, and optionally `id`, `domain` and free metadata. Published
 benchmarks are read in their own layouts (`benchmarks`).
 """
 
-import csv
 import dataclasses
-import gzip
-import json
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
-import pyarrow.parquet
 
 from vibejax import benchmarks
-from vibejax.config_file import InputError
-from vibejax.tokenizer import ChatError, Tokenizer
+from vibejax.records import DataError, Record, read_records
+from vibejax.tokenizer import TextError, Tokenizer
 from vibejax.verifiers import worker
 
-Record = dict[str, Any]
-
 REFILL_SEEDS = 1_000_003  # apart, so that runs of neighbouring seeds share no order
-
-TRUTHS = {"ground_truth", "tests", "public_test_cases", "private_test_cases"}
-"""Fields of which a record that can be verified has at least one."""
-
-
-class DataError(InputError):
-    """A data file that cannot be used; the message names file, line and rule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,69 +66,20 @@ class Demonstrations(NamedTuple):
     truncated: int
 
 
-def read_records(path: Path) -> Iterator[tuple[int, Record]]:
-    """The records of a .jsonl, .jsonl.gz, .csv or .parquet file, each with its number from 1.
-
-    The number is that of the line, or of the row.
-
-    Raises:
-        DataError: the file is missing, empty or malformed; the line is named.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    count = 0
-    for count, record in enumerate(_rows(path), start=1):
-        yield count, record
-    if not count:
-        raise DataError(f"{path}: is empty")
-
-
-def _rows(path: Path) -> Iterator[Record]:
-    if path.suffix == ".parquet":
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: not a parquet file: {error}") from error
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
-    elif path.suffix == ".csv":
-        yield from _csv_rows(path)
-    else:
-        yield from _json_rows(path)
-
-
-def _csv_rows(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
-                if None in row:
-                    raise DataError(f"{path}:{number}: has more values than the header has columns")
-                yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not a CSV file: {error}") from error
-
-
-def _json_rows(path: Path) -> Iterator[Record]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        numbered = enumerate(lines, start=1)
-        while True:
-            try:
-                number, line = next(numbered)
-            except StopIteration:
-                return
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise DataError(f"{path}: not a gzip file: {error}") from error
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not a JSON object: {error}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{path}:{number}: not a JSON object: {type(record).__name__}")
-            yield record
-
-
-def read_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[Prompt]:
+def read_prompts(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    limited_by: str = "rollout.max_prompt_tokens",
+) -> list[Prompt]:
     """All prompts of a file, encoded.
+
+    Args:
+        path: of the file.
+        tokenizer: the policy's.
+        max_tokens: of one prompt.
+        limited_by: that bound's name, for messages.
 
     Raises:
         DataError: a record is of no known layout, lacks a field or has a prompt of more than
@@ -161,7 +98,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> list[P
         if len(tokens) > max_tokens:
             raise DataError(
                 f"{where}: the prompt has {len(tokens)} tokens, more than the {max_tokens} of "
-                "rollout.max_prompt_tokens"
+                f"{limited_by}"
             )
         prompts.append(Prompt(len(prompts), tuple(tokens), record))
     return prompts
@@ -177,7 +114,7 @@ def require_ground_truth(prompts: list[Prompt], path: Path) -> None:
     for number, prompt in enumerate(prompts, start=1):
         if "verifier" not in prompt.record:
             raise DataError(f"{path}:{number}: has no 'verifier'")
-        if not TRUTHS & prompt.record.keys():
+        if not benchmarks.TRUTHS & prompt.record.keys():
             raise DataError(f"{path}:{number}: has no 'ground_truth'")
         try:
             worker.names(prompt.record)
@@ -194,15 +131,16 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
     Raises:
         DataError: the record has neither, or in a form that cannot be used.
     """
-    if "messages" in record:
-        messages = record["messages"]
-        if not _is_chat(messages):
-            raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
-        if len(messages) > 1 and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        return tokenizer.encode_chat(messages)
-    if isinstance(record.get("prompt"), str):
-        return tokenizer.encode(record["prompt"])
+    try:
+        if "messages" in record:
+            messages = benchmarks.asked(record)["messages"]
+            if not _is_chat(messages):
+                raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
+            return tokenizer.encode_chat(messages)
+        if isinstance(record.get("prompt"), str):
+            return tokenizer.encode(record["prompt"])
+    except TextError as error:
+        raise DataError(f"{where}: {error}") from None
     raise DataError(f"{where}: has neither 'messages' nor a 'prompt' text")
 
 
@@ -313,26 +251,31 @@ def learning_document(record: Record, tokenizer: Tokenizer, where: str) -> Demon
     Raises:
         DataError: the record has neither form, or nothing to learn in it.
     """
+    try:
+        tokens, learnt = _learnt_tokens(record, tokenizer, where)
+    except TextError as error:
+        raise DataError(f"{where}: {error}") from None
+    learnt[0] = False  # nothing comes before it that could predict it
+    return Demonstration(np.asarray(tokens, np.int32), np.asarray(learnt, bool))
+
+
+def _learnt_tokens(
+    record: Record, tokenizer: Tokenizer, where: str
+) -> tuple[list[int], list[bool]]:
     if "messages" in record:
         _check_conversation(record["messages"], where)
-        try:
-            tokens, owners = tokenizer.encode_turns(record["messages"])
-        except ChatError as error:
-            raise DataError(f"{where}: {error}") from None
+        tokens, owners = tokenizer.encode_turns(record["messages"])
         left_out = {i for i, m in enumerate(record["messages"]) if m.get("weight") == 0}
-        learnt = [owner >= 0 and owner not in left_out for owner in owners]
-    elif isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return tokens, [owner >= 0 and owner not in left_out for owner in owners]
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         if not record["completion"]:
             raise DataError(f"{where}: the completion is empty")
         prompt = tokenizer.encode(record["prompt"])
         # no BOS amid the document
         ids = tokenizer.encode(record["completion"], add_special_tokens=False)
         tokens = [*prompt, *ids, tokenizer.eos_ids[0]]
-        learnt = [i >= len(prompt) for i in range(len(tokens))]
-    else:
-        raise DataError(f"{where}: has neither 'messages' nor 'prompt' and 'completion' texts")
-    learnt[0] = False  # nothing comes before it that could predict it
-    return Demonstration(np.asarray(tokens, np.int32), np.asarray(learnt, bool))
+        return tokens, [i >= len(prompt) for i in range(len(tokens))]
+    raise DataError(f"{where}: has neither 'messages' nor 'prompt' and 'completion' texts")
 
 
 def _check_conversation(messages: Any, where: str) -> None:

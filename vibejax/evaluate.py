@@ -111,7 +111,8 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             require_verifiable(pool, prompts[name], given.path)
     folder = run_folder.open_run(config, "evaluate")
     with run_folder.kept(config, folder):
-        held = _claim(folder, opened)
+        judge = os.environ.get(rubric_endpoint.MODEL)
+        held = _claim(folder, opened, judge)
         load = functools.cache(
             lambda: policy.load_engine(opened, config.rollout, config.dtype, mesh)
         )
@@ -137,7 +138,7 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             folder / "results.json",
             {
                 "checkpoint": held,
-                "judge": os.environ.get(rubric_endpoint.MODEL),
+                "judge": judge,
                 "config": config.model_dump(),
                 "sets": {
                     name: {"sha256": _sha256(given.path)} | dataclasses.asdict(scores[name])
@@ -227,20 +228,26 @@ def _majority_scores(rows, correct_NG, equal) -> np.ndarray:
     )
 
 
-def _claim(folder: Path, opened: Policy) -> dict:
-    """Says in the folder whose completions it holds.
+def _claim(folder: Path, opened: Policy, judge: str | None) -> dict:
+    """Says in the folder whose completions it holds, and whose verdicts.
 
     Raises:
-        RunError: those of other weights.
+        RunError: those of other weights, or of another judge.
     """
     held = {"name": opened.name, "sha256": checksums(opened.path)}
     path = folder / "checkpoint.json"
-    if path.is_file() and json.loads(path.read_text()) != held:
+    stored = json.loads(path.read_text()) if path.is_file() else held | {"judge": judge}
+    if {name: stored.get(name) for name in held} != held:
         raise RunError(
             f"{folder}: holds completions of other weights than {opened.name} has now; choose "
             "another out"
         )
-    write_json(path, held)
+    if stored.get("judge") != judge:
+        raise RunError(
+            f"{folder}: holds verdicts of the judge {stored.get('judge')}, and "
+            f"{rubric_endpoint.MODEL} names {judge}; choose another out"
+        )
+    write_json(path, held | {"judge": judge})
     return held
 
 

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.add_argument("--prompt", metavar="TEXT", help="one prompt; the completion is printed")
     given.add_argument("--prompts", metavar="F.jsonl", help="records to complete")
     parser.add_argument("--out", help="where records go; default: standard output")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on behind what the same command has written to --out")  # fmt: skip
     parser.add_argument("--raw", action="store_true", help="encode TEXT as it is, without a chat")
     parser.add_argument("--samples", type=int, default=1, help="completions of each prompt")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest completion")
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
                         help="default: bfloat16 on accelerators, float32 on CPU")  # fmt: skip
-    with errors_in_one_line():
+    with errors_in_one_line(OSError):
         run(parser.parse_args(arguments))
 
 
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         ("min-tokens", args.min_tokens >= 0, "at least 0"),
         ("loop-tokens", args.loop_tokens >= 0, "at least 0"),
         ("slots", args.slots >= 1, "at least 1"),
+        ("seed", 0 <= args.seed < 2**32, "at least 0 and below 2**32"),
     ):
         if not holds:
             value = getattr(args, name.replace("-", "_"))
@@ -78,6 +81,11 @@ def run(args: argparse.Namespace) -> None:
     model = weights.load_config(path)
     tokens = tokenizer.load(path)
     requests, records = _requests(args, tokens, model.context - args.max_tokens)
+    if args.resume:
+        done = _resumed(args, records)
+        requests, records = requests[done:], records[done:]
+        if not requests:
+            return
     dtype = jnp.dtype(args.dtype or qwen2.default_dtype())
     how = Sampling(
         temperature=args.temperature,
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     config = EngineConfig(
         model=model,
         slots=-(-slots // len(devices)) * len(devices),
-        context=max(len(r.tokens) + r.max_tokens for r in requests) if requests else 1,
+        context=max(len(r.tokens) + r.max_tokens for r in requests),
         kv_dtype=args.kv_dtype,
     )
     mesh = engine_mesh(model, 1, devices)
@@ -103,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         for completion in next(groups):
             print(tokens.decode(completion.text_ids))
         return
-    with _sink(None if args.out is None else buckets.on_disk(args.out)) as out:
+    with _sink(args) as out:
         for record, group in zip(records, groups, strict=True):
             out.write(json.dumps({**record, "completions": _rows(group, tokens)}) + "\n")
             out.flush()
@@ -111,7 +119,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _requests(args, tokens, room: int) -> tuple[list[Request], list[data.Record]]:
     if args.prompts is not None:
-        prompts = data.read_prompts(resolve(args.prompts), tokens, max_tokens=room)
+        prompts = data.read_prompts(
+            resolve(args.prompts),
+            tokens,
+            max_tokens=room,
+            limited_by=f"the context without --max-tokens {args.max_tokens}",
+        )
         return [Request(p.index, p.tokens, args.max_tokens, args.samples) for p in prompts], [
             p.record for p in prompts
         ]
@@ -162,12 +175,58 @@ def _rows(group: list[Completion], tokens: tokenizer.Tokenizer) -> list[dict[str
     ]
 
 
-def _sink(path: Path | None) -> TextIO:
+def _sink(args: argparse.Namespace) -> TextIO:
     """Where records go; standard output is closed with the process."""
-    if path is None:
+    if args.out is None:
         return sys.stdout
+    path = buckets.on_disk(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if args.resume and path.exists():
+        return path.open("a")
+    _settings_file(path).write_text(json.dumps(_settings(args)) + "\n")
     return path.open("w")
+
+
+def _resumed(args: argparse.Namespace, records: list[data.Record]) -> int:
+    """How many of the records are in --out already; half of a line is cut off.
+
+    Raises:
+        InputError: other settings or other records made what is there.
+    """
+    if args.out is None or args.prompts is None:
+        raise InputError("--resume: needs --prompts and --out")
+    path = buckets.on_disk(args.out)
+    if not path.exists():
+        return 0
+    settings = _settings_file(path)
+    stored = json.loads(settings.read_text()) if settings.is_file() else {}
+    for name, value in _settings(args).items():
+        if stored.get(name) != value:
+            raise InputError(
+                f"--resume: {path} was written with {name} = {stored.get(name)!r}, not {value!r}"
+            )
+    done, size = 0, 0
+    with path.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            del row["completions"]
+            if done == len(records) or row != records[done]:
+                raise InputError(f"--resume: {path}:{done + 1} is of another record of the prompts")
+            done, size = done + 1, size + len(line)
+        file.truncate(size)
+    return done
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What completions depend on, but for the records."""
+    apart = ("prompt", "prompts", "out", "resume", "slots")
+    return {name: value for name, value in vars(args).items() if name not in apart}
+
+
+def _settings_file(path: Path) -> Path:
+    return path.with_name(path.name + ".settings.json")
 
 
 if __name__ == "__main__":

@@ -312,6 +312,8 @@ def _run_step(step: Step) -> None:
     if isinstance(settings, Section) and hasattr(settings, "resume"):
         if (step.folder / "config.toml").is_file():
             settings = settings.model_copy(update={"resume": True})
+    elif step.command == "generate":
+        settings = [*settings, "--resume"]
     elif step.folder.exists():
         shutil.rmtree(step.folder)  # half of what a command wrote that cannot go on
     try:

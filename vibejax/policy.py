@@ -4,23 +4,23 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vibejax import data, rollout, sampler_copy, tokenizer, weights
+from vibejax import benchmarks, data, meshes, rollout, sampler_copy, tokenizer, weights
 from vibejax.completions import Completion
 from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
 from vibejax.qwen2 import ModelConfig
-from vibejax.run_folder import Log, RunError, read_log
+from vibejax.run_folder import Log, RunError
 from vibejax.tokenizer import Tokenizer
-from vibejax.verifiers import Verdict
+from vibejax.verifiers import Outcome, Verdict
 from vibejax.verifiers.pool import Pool
 
 
@@ -57,11 +57,13 @@ def open_policy(name: str, config: SamplerConfig) -> Policy:
     """Finds a checkpoint.
 
     Raises:
-        InputError: it is missing, or a completion would not fit its context.
+        InputError: it is missing, a completion would not fit its context, or attention is to be
+            computed for other devices.
     """
     path = weights.locate(name)
     model, tokens = weights.load_config(path), tokenizer.load(path)
     check_context(name, model, config)
+    meshes.require_attention(config.attention, "rollout.attention")
     return Policy(name, path, model, tokens)
 
 
@@ -80,7 +82,7 @@ def check_context(name: str, model: ModelConfig, config: SamplerConfig) -> None:
 
 
 def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Prompt]:
-    """The prompts of a file, which all can be verified.
+    """The prompts of a file, which all can be verified; their records hold no answers.
 
     Raises:
         InputError: a prompt is too long or has no ground truth.
@@ -88,7 +90,7 @@ def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Pro
     file = resolve(source)
     prompts = data.read_prompts(file, policy.tokenizer, max_tokens=config.max_prompt_tokens)
     data.require_ground_truth(prompts, file)
-    return prompts
+    return [dataclasses.replace(p, record=benchmarks.asked(p.record)) for p in prompts]
 
 
 def load_engine(
@@ -118,7 +120,8 @@ def answers(
     """Verified completions of all prompts, in their order, each group stored once it is verified.
 
     A group is a function of (weights, seed, prompt), so what `path` holds of an earlier run is
-    taken from there, unless the record has changed since.
+    taken from there, unless the record has changed since; what could not be verified then is
+    verified again.
 
     Args:
         policy: the checkpoint.
@@ -135,9 +138,17 @@ def answers(
         RunError: the logits are not numbers.
     """
     digests = [_digest(prompt.record) for prompt in prompts]
-    with contextlib.closing(Log(path, len(read_log(path)))) as log:
+    with contextlib.closing(Log(path)) as log:
         found = {(row["prompt"], row["record_sha256"]): row["completions"] for row in log.rows}
-        missing = [n for n, digest in enumerate(digests) if (n, digest) not in found]
+
+        def store(n: int, rows: list[dict[str, Any]]) -> None:
+            found[n, digests[n]] = rows
+            log.append({"prompt": n, "record_sha256": digests[n], "completions": rows})
+
+        held = {n: found[n, digest] for n, digest in enumerate(digests) if (n, digest) in found}
+        for n, rows in _verified_again(held, prompts, pool):
+            store(n, rows)
+        missing = [n for n in range(len(prompts)) if n not in held]
         groups = ()
         if missing:
             groups = rollout.groups(
@@ -155,10 +166,7 @@ def answers(
             if any(c.stop == "not_finite" for c in completions):
                 raise RunError(f"{policy.name}: the model's logits are not numbers")
             n = missing[place]
-            rows = [_row(policy, c, v) for c, v in zip(completions, verdicts, strict=True)]
-            found[n, digests[n]] = rows
-            row = {"prompt": n, "record_sha256": digests[n], "completions": rows}
-            log.write(len(log.rows) + 1, row)
+            store(n, [_row(policy, c, v) for c, v in zip(completions, verdicts, strict=True)])
     return [
         Answers(prompt, found[n, digest])
         for n, (prompt, digest) in enumerate(zip(prompts, digests, strict=True))
@@ -170,11 +178,30 @@ def _row(policy: Policy, completion: Completion, verdict: Verdict) -> dict[str, 
         "text": policy.tokenizer.decode(completion.text_ids),
         "length": len(completion.tokens),
         "stop": completion.stop,
-        "correct": verdict.correct,
-        "reward": verdict.reward,
-        "outcome": verdict.outcome,
-        "answer": verdict.answer,
+        **_said(verdict),
     }
+
+
+def _said(verdict: Verdict) -> dict[str, Any]:
+    return {name: getattr(verdict, name) for name in ("correct", "reward", "outcome", "answer")}
+
+
+def _verified_again(
+    held: Mapping[int, list[dict[str, Any]]], prompts: Sequence[Prompt], pool: Pool
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The stored groups with verdicts that said nothing, with the verdicts of now."""
+    unsure = {
+        n: {row["text"] for row in rows if not Outcome(row["outcome"]).scored}
+        for n, rows in held.items()
+    }
+    for n, texts in unsure.items():
+        for text in sorted(texts):
+            pool.submit((n, text), prompts[n].record, text)
+    verdicts = dict(pool.finished(wait=True))
+    for n, texts in unsure.items():
+        if texts:
+            now = {text: _said(verdicts[n, text]) for text in texts}
+            yield n, [row | now.get(row["text"], {}) for row in held[n]]
 
 
 def _digest(record: data.Record) -> str:

@@ -110,7 +110,7 @@ def _score(
 ) -> None:
     """Writes the table of all scores, old and new, into the run folder."""
     path = folder / "scores.jsonl"
-    log = Log(path, len(run_folder.read_log(path)))
+    log = Log(path)
     rows = []
     with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(mesh):
         for subject in subjects:
@@ -151,6 +151,8 @@ def _expanded(config: ProbeConfig) -> ProbeConfig:
         if not found:
             raise RunError(f"checkpoints: nothing matches {name}")
         names += found
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RunError(f"checkpoints: {twice[0]} is named twice")
     return config.model_copy(update={"checkpoints": names})
 
 
@@ -280,7 +282,7 @@ def _rows_of(subject: Subject, config: ProbeConfig, mesh, pool: Pool, log: Log) 
             "truncated": float(rolled.truncated_NG.mean()),
             "unscored": float((~rolled.scored_NG).mean()),
         }
-        log.write(len(log.rows) + 1, row)
+        log.append(row)
         rows[domain] = row
         seconds = time.perf_counter() - start
         print(f"{subject.policy.name}: {domain} scored after {seconds:.0f} s", file=sys.stderr)

@@ -18,6 +18,7 @@ from vibejax.config.training import TrainConfig
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.locations import resolve
 from vibejax.packing import Document
+from vibejax.records import read_records
 
 RECORDS_AT_ONCE = 256
 ROW_MULTIPLE = 256  # rows are as long as the longest record, rounded up to it
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     source = resolve(args.records)
     records = [
         (record, _ids(record, tokens, model, f"{source}:{number}"))
-        for number, record in data.read_records(source)
+        for number, record in read_records(source)
     ]
     longest = max(len(ids) for _, ids in records)
     config = TrainConfig(

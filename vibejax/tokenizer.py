@@ -47,7 +47,11 @@ _GENERATED = re.compile("\ufdd0([^\ufdd0\ufdd1]*)\ufdd1")
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\b")
 
 
-class ChatError(InputError):
+class TextError(InputError):
+    """A text that cannot become tokens; the message is one line."""
+
+
+class ChatError(TextError):
     """A chat template is broken, or refuses the messages; the message is one line."""
 
 
@@ -79,8 +83,15 @@ class Tokenizer:
             text: any text.
             add_special_tokens: whether the tokens that the checkpoint puts around every text
                 (Llama's BOS; none for Qwen) are added, as transformers does by default.
+
+        Raises:
+            TextError: it holds half of a character, as JSON can.
         """
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # what tokenizers raises for a str that UTF-8 does not have
+            lone = next((c for c in text if "\ud800" <= c <= "\udfff"), "")
+            raise TextError(f"the text holds {lone!r}, half of a character") from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, by default without special tokens such as the stop token."""

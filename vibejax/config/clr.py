@@ -11,6 +11,7 @@ from vibejax.config.fields import (
     Natural,
     NotNegative,
     Resume,
+    Seed,
     Share,
     default,
 )
@@ -38,7 +39,7 @@ class ClrConfig(Section):
     )
     out: str = OUT
     resume: Resume = default(False, "go on in `out`, where `repeats` may differ")
-    seed: Natural = default(0, "of sampling; each repeat has draws of its own")
+    seed: Seed = default(0, "of sampling; each repeat has draws of its own")
     samples: Count = default(32, "completions K of each prompt")
     claims: Count = default(5, "claims M of each completion")
     repeats: Count = default(8, "times that all of it is done; the results are means over them")

@@ -5,7 +5,7 @@ from typing import Annotated
 import pydantic
 from pydantic import Field
 
-from vibejax.config.fields import OUT, Count, Name, Natural, Positive, Resume, Share, default
+from vibejax.config.fields import OUT, Count, Name, Natural, Positive, Resume, Seed, Share, default
 from vibejax.config.mesh import MeshConfig
 from vibejax.config.sampling import EvaluationRolloutConfig
 from vibejax.config.training import AttentionConfig, TrainConfig, check_rows
@@ -65,7 +65,7 @@ class DistillConfig(Section):
     resume: Resume = default(
         False, "go on in `out`; `domains` and `selection` may differ, samples and scores stay"
     )
-    seed: Natural = default(0, "of sampling, and of what goes beyond a domain's share")
+    seed: Seed = default(0, "of sampling, and of what goes beyond a domain's share")
     samples: Count = default(8, "completions of each prompt by each of its teachers")
     mesh: MeshConfig = MeshConfig()
     rollout: EvaluationRolloutConfig = EvaluationRolloutConfig()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vibejax.config.fields import DTYPE, OUT, Count, Dtype, Natural, Resume, default
+from vibejax.config.fields import DTYPE, OUT, Count, Dtype, Natural, Resume, Seed, default
 from vibejax.config.mesh import MeshConfig
 from vibejax.config.sampling import EvaluationRolloutConfig
 from vibejax.config.verifiers import VerifiersConfig
@@ -29,7 +29,7 @@ class EvaluateConfig(Section):
     )
     out: str = OUT
     resume: Resume = default(False, "go on in `out` with what is not answered yet")
-    seed: Natural = default(0, "of sampling")
+    seed: Seed = default(0, "of sampling")
     samples: Count = default(16, "completions of each problem, where a set does not say")
     dtype: Dtype = DTYPE
     mesh: MeshConfig = MeshConfig()

@@ -3,7 +3,7 @@
 import pydantic
 from pydantic import Field
 
-from vibejax.config.fields import DTYPE, OUT, Count, Dtype, Name, Natural, Resume, default
+from vibejax.config.fields import DTYPE, OUT, Count, Dtype, Name, Resume, Seed, default
 from vibejax.config.mesh import MeshConfig
 from vibejax.config.sampling import EvaluationRolloutConfig
 from vibejax.config.verifiers import VerifiersConfig
@@ -24,7 +24,7 @@ class ProbeConfig(Section):
     resume: Resume = default(
         False, "go on in `out`; `checkpoints` and `domains` may differ, scores that it has stay"
     )
-    seed: Natural = default(0, "of sampling; all checkpoints get the same draws")
+    seed: Seed = default(0, "of sampling; all checkpoints get the same draws")
     samples: Count = default(16, "completions of each prompt")
     k: Count = default(8, "a domain's specialist has the highest pass@k; at most `samples`")
     dtype: Dtype = DTYPE

@@ -16,6 +16,7 @@ from vibejax.config.fields import (
     NotNegative,
     Positive,
     Resume,
+    Seed,
     Share,
     default,
 )
@@ -98,7 +99,7 @@ class RlConfig(Section):
     resume: Resume = RESUME
     watchdog_s: NotNegative = WATCHDOG_S
     steps: Count = default(1_000, "optimizer steps")
-    seed: Natural = default(0, "of the prompt order and of sampling")
+    seed: Seed = default(0, "of the prompt order and of sampling")
     deterministic: bool = DETERMINISTIC
     drop_solved: bool = default(
         False, "before training, drop prompts whose group is all right or all wrong"

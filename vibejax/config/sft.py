@@ -16,6 +16,7 @@ from vibejax.config.fields import (
     NotNegative,
     Positive,
     Resume,
+    Seed,
     default,
 )
 from vibejax.config.mesh import MeshConfig
@@ -77,7 +78,7 @@ class SftConfig(Section):
     context: Natural = default(
         0, "positions of the trained model, written into its config.json; 0: the policy's"
     )
-    seed: Natural = default(0, "of the weights and the document order")
+    seed: Seed = default(0, "of the weights and the document order")
     deterministic: bool = DETERMINISTIC
     export_dtype: Literal["float32", "bfloat16", "float16"] = default(
         "bfloat16", "of the weights in `out`/final and `out`/exports"

@@ -1,12 +1,15 @@
 """How documents become rows, rows gradients, and gradients updates; what is kept."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
+from pydantic import Field
 
 from vibejax.config.fields import Count, Dtype, Natural, NotNegative, Positive, default
 from vibejax.config.sampling import SamplerConfig
 from vibejax.config_file import Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
@@ -17,9 +20,11 @@ class OptimizerConfig(Section):
         "constant", "course of the learning rate after warm-up, down to `final_learning_rate`"
     )
     final_learning_rate: NotNegative = default(0.0, "learning rate at the last step")
-    warmup: NotNegative = default(0.0, "share of all steps over which the rate rises from 0")
-    beta1: NotNegative = default(0.9, "decay of the mean gradient")
-    beta2: NotNegative = default(0.999, "decay of the mean square")
+    warmup: Annotated[float, Field(ge=0, le=1)] = default(
+        0.0, "share of all steps over which the rate rises from 0"
+    )
+    beta1: Decay = default(0.9, "decay of the mean gradient")
+    beta2: Decay = default(0.999, "decay of the mean square")
     epsilon: Positive = default(1e-8, "added to the root of the mean square")
     weight_decay: NotNegative = default(0.0, "decoupled decay of matrices; biases and norms: none")
     clip_norm: Positive = default(1.0, "largest global norm of the gradient")

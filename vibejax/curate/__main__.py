@@ -22,17 +22,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vibejax import buckets
+from vibejax import benchmarks, buckets
 from vibejax.config.curate import CurateConfig
 from vibejax.config_file import InputError, errors_in_one_line, parse_args
 from vibejax.curate import evaluation, report, rollouts
 from vibejax.curate.duplicates import Seen
 from vibejax.curate.evaluation import Index
 from vibejax.curate.inspection import Findings, Reason, inspect_all, token_counter
-from vibejax.curate.record_files import SUFFIXES, Chunk, Writer, parts, read_chunks
+from vibejax.curate.record_files import SUFFIXES, Chunk, Writer, parts
 from vibejax.curate.repetition import Templates
 from vibejax.curate.report import Counts
 from vibejax.locations import resolve
+from vibejax.records import Record, read_records
 from vibejax.run_folder import RunError
 from vibejax.verifiers.pool import Pool, VerifierFailure
 from vibejax.votes import equal_answers
@@ -41,7 +42,7 @@ from vibejax.votes import equal_answers
 def main() -> None:
     """Runs the stage that the command line configures."""
     config = parse_args(CurateConfig, doc=__doc__)
-    with errors_in_one_line(VerifierFailure):
+    with errors_in_one_line(VerifierFailure, OSError):
         run(config)
 
 
@@ -82,6 +83,10 @@ def _input(name: str) -> Path:
     path = resolve(name)
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: must end with {' or '.join(SUFFIXES)}")
+    return _there(path)
+
+
+def _there(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return path
@@ -91,7 +96,7 @@ def _evaluation_sets(config: CurateConfig) -> list[tuple[str, Path]]:
     sets = []
     for text in config.decontaminate.sets:
         name, equals, path = text.partition("=")
-        path = _input(path if equals else text)
+        path = _there(resolve(path if equals else text))
         sets.append((name if equals else path.stem, path))
     names = [name for name, _ in sets]
     if len(set(names)) < len(names):
@@ -115,7 +120,7 @@ def _outputs(config: CurateConfig, read: list[Path]) -> dict[str, Path]:
 
 
 def _index(config: CurateConfig, sets: list[tuple[str, Path]]) -> Index | None:
-    """The evaluation sets, ready to be looked for.
+    """The evaluation sets, of any layout that `benchmarks` knows, ready to be looked for.
 
     Raises:
         InputError: a set is empty, or an item has no problem.
@@ -124,14 +129,23 @@ def _index(config: CurateConfig, sets: list[tuple[str, Path]]) -> Index | None:
     texts: dict[str, list[str]] = {}
     for name, path in sets:
         texts[name] = []
-        for chunk in read_chunks(path):
-            for i, record in enumerate(chunk.records()):
-                text = record.get(field) if field else parts(record, chunk.where(i))[0]
-                if not isinstance(text, str) or not text.strip():
-                    raise InputError(f"{chunk.where(i)}: has no text in {field or 'prompt'!r}")
-                texts[name].append(text)
+        for number, row in read_records(path):
+            where = f"{path}:{number}"
+            text = row.get(field) if field else _problem(row, where)
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{where}: has no text in {field or 'prompt'!r}")
+            texts[name].append(text)
     n, share = config.decontaminate.n, config.decontaminate.share
     return evaluation.build(texts, n=n, share=share) if texts else None
+
+
+def _problem(row: Record, where: str) -> str:
+    """What an item of an evaluation set asks."""
+    try:
+        text = benchmarks.problem(row)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    return parts(row, where)[0] if text is None else text
 
 
 def _clean(
@@ -221,9 +235,8 @@ def _ask_verifiers(
     """Labels and judges the records that are left; sets the reasons of those that go."""
     if config.rollouts.pseudo_labels:
         for i in left:
-            record = records[i]
-            if record.get("ground_truth") is None and record.get("reward_model") is None:
-                reasons[i] = _label(config, record, chunk.where(i), pool)
+            if _wants_label(records[i]):
+                reasons[i] = _label(config, records[i], chunk.where(i), pool)
                 counts.labelled += reasons[i] is None
         left = [i for i in left if reasons[i] is None]
     if config.verify_traces:
@@ -231,6 +244,16 @@ def _ask_verifiers(
         left = [i for i in left if reasons[i] is None]
     if config.rollouts.keep != "all":
         _judge_rollouts(config, chunk, records, left, reasons, pool)
+
+
+def _wants_label(record: Record) -> bool:
+    """Whether a record has nothing to be verified with, and may be of math."""
+    given = any(record.get(name) is not None for name in (*benchmarks.TRUTHS, "reward_model"))
+    return not given and record.get("verifier") in (None, "math")
+
+
+def _can_be_verified(record: Record) -> bool:
+    return record.get("verifier") is not None or record.get("reward_model") is not None
 
 
 def _label(config: CurateConfig, record: dict[str, Any], where: str, pool: Pool) -> Reason | None:
@@ -251,14 +274,14 @@ def _judge_traces(
     reasons: list[Reason | None],
     pool: Pool,
 ) -> None:
+    """Drops traces that their verifiers do not accept; records without a verifier stay."""
     items = []
+    left = [i for i in left if _can_be_verified(records[i])]
     for i in left:
-        where, record = chunk.where(i), records[i]
-        trace = parts(record, where)[1]
+        where, record = chunk.where(i), benchmarks.asked(records[i])
+        trace = parts(records[i], where)[1]
         if not trace:
             raise InputError(f"{where}: has no trace: no 'completion' or message of an 'assistant'")
-        if record.get("messages") is not None:
-            record = {**record, "messages": record["messages"][:-1]}
         items.append(({k: v for k, v in record.items() if k != "completion"}, where, trace))
     for i, verdict in zip(left, rollouts.verdicts(pool, items), strict=True):
         if not verdict.correct:
@@ -275,12 +298,14 @@ def _judge_rollouts(
     reasons: list[Reason | None],
     pool: Pool,
 ) -> None:
+    """Drops what is too easy, or not mixed; also what nothing says that of."""
     accuracy = {i: rollouts.given_accuracy(records[i], chunk.where(i)) for i in left}
     items = [
-        (i, (records[i], chunk.where(i), text))
+        (i, (benchmarks.asked(records[i]), chunk.where(i), text))
         for i in left
         if accuracy[i] is None
         for text in rollouts.completion_texts(records[i], chunk.where(i))
+        if _can_be_verified(records[i])
     ]
     groups = collections.defaultdict(list)
     found = rollouts.verdicts(pool, [item for _, item in items])

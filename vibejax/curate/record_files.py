@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from vibejax import records
 from vibejax.config_file import InputError
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -51,7 +52,7 @@ class Chunk:
             InputError: a line is no JSON object; a last line that is cut off is called so.
         """
         if isinstance(self.rows, pyarrow.RecordBatch):
-            return self.rows.to_pylist()
+            return records.plain_rows(self.rows)
         return [self._record(i, line) for i, line in enumerate(self.rows)]
 
     def _record(self, i: int, line: bytes) -> dict[str, Any]:

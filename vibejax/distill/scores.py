@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import data, run_folder, train, weights
-from vibejax.data import DataError
+from vibejax import data, train, weights
 from vibejax.distill.traces import Setup, Trace, digest, fingerprint
 from vibejax.losses import distillation
 from vibejax.packing import Document
+from vibejax.records import DataError
 from vibejax.run_folder import Log, RunError
 
 TRACES_AT_ONCE = 256  # scored before their scores are stored
@@ -36,7 +36,7 @@ def score_traces(setup: Setup, traces: Sequence[Trace], path: Path) -> list[floa
     Raises:
         RunError: the student's logits are not numbers.
     """
-    log = Log(path, len(run_folder.read_log(path)))
+    log = Log(path)
     found = {row["trace_sha256"]: row["score"] for row in log.rows}
     held = fingerprint(setup.student)
     digests = [digest([held, trace.record]) for trace in traces]
@@ -49,7 +49,7 @@ def score_traces(setup: Setup, traces: Sequence[Trace], path: Path) -> list[floa
         for n, row in zip(places, rows, strict=True):
             if digests[n] not in found:
                 found[digests[n]] = row["score"]
-                log.write(len(log.rows) + 1, row | {"trace_sha256": digests[n]})
+                log.append(row | {"trace_sha256": digests[n]})
         seconds = time.perf_counter() - start
         print(f"{places.stop} of {len(traces)} traces scored, {seconds:.0f} s", file=sys.stderr)
     log.close()

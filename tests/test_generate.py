@@ -1,0 +1,70 @@
+"""python -m vibejax.generate on files: what is stopped goes on, and other settings do not mix."""
+
+import json
+
+import pytest
+import tiny
+
+from vibejax import generate
+
+POLICY = "package:vibejax/quickstart/policy"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with prompts and all their completions."""
+    folder = tmp_path_factory.mktemp("generate")
+    tiny.write_task(folder / "p.jsonl", tiny.TASK[:4])
+    run(folder, folder / "whole.jsonl")
+    return folder
+
+
+def run(folder, out, *options):
+    generate.main([POLICY, "--prompts", f"{folder}/p.jsonl", "--out", str(out), "--samples", "2",
+                   "--max-tokens", "6", *options])  # fmt: skip
+
+
+def stopped(whole, out):
+    """Stopped amid the third record."""
+    lines = (whole / "whole.jsonl").read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:2]) + lines[2][:-9])
+    settings = (whole / "whole.jsonl.settings.json").read_text()
+    out.with_name(f"{out.name}.settings.json").write_text(settings)
+
+
+def test_what_was_stopped_goes_on_as_if_it_had_not(whole, tmp_path):
+    out = tmp_path / "a.jsonl"
+    run(whole, out, "--resume")  # nothing is there
+    want = (whole / "whole.jsonl").read_bytes()
+    assert out.read_bytes() == want
+    stopped(whole, out)
+    run(whole, out, "--resume")
+    assert out.read_bytes() == want
+    run(whole, out, "--resume")
+    assert out.read_bytes() == want
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--seed", "4"), "a.jsonl was written with seed = 0, not 4"),
+        (("--temperature", "0.5"), "a.jsonl was written with temperature = 1.0, not 0.5"),
+        (("--prompts", "OTHER"), "a.jsonl:2 is of another record of the prompts"),
+        (("--seed", "4294967296"), "--seed 4294967296: must be at least 0 and below 2**32"),
+    ],
+)
+def test_what_others_have_written_stays(whole, tmp_path, capsys, options, message):
+    tiny.write_task(tmp_path / "other.jsonl", [*tiny.TASK[:1], *tiny.TASK[2:5]])
+    stopped(whole, tmp_path / "a.jsonl")
+    before = (tmp_path / "a.jsonl").read_bytes()
+    options = [option.replace("OTHER", f"{tmp_path}/other.jsonl") for option in options]
+    with pytest.raises(SystemExit):
+        run(whole, tmp_path / "a.jsonl", "--resume", *options)
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_completions_stand_beside_all_of_the_record(whole):
+    rows = [json.loads(line) for line in (whole / "whole.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "completions"} for row in rows] == tiny.TASK[:4]
+    assert all(len(row["completions"]) == 2 for row in rows)
