@@ -218,7 +218,8 @@ def test_traces_are_verified(tmp_path):
         {"id": "wrong", "prompt": "1 + 1 = ?", "completion": r"\boxed{3}", **truth},
     ]
     open_ended = {"id": "open", "prompt": "A poem!", "completion": "Roses are red."}
-    run(configured(tmp_path, [*records, open_ended], verify_traces=True))
+    report = run(configured(tmp_path, [*records, open_ended], verify_traces=True))
+    assert report["without_verifier"] == 1
     assert read(tmp_path / "out.jsonl") == [records[0], open_ended], "nothing speaks against it"
     (row,) = read(tmp_path / "out.dropped.jsonl")
     assert row["reason"] == "trace_wrong"
@@ -238,6 +239,8 @@ LINE = '{"prompt": "What is 1 + 1?"}\n'
         (LINE + '{"messages": [{"role": "user"}]}\n', {}, ":2: messages[0] has no 'content' text"),
         (LINE + '{"messages": "x"}\n', {}, "in.jsonl:2: messages must be a list of"),
         ('{"prompt": "x", "completion": 3}\n', {}, ":1: completion must be a text, is int"),
+        ('{"prompt": "x", "completion": "y", "ground_truth": 1}\n', {"verify_traces": True},
+         "in.jsonl:1: record lacks `verifier`"),
         ("", {}, "in.jsonl: is empty"),
         (LINE, {"rollouts": {"keep": "hard"}}, ":1: has neither an 'accuracy' nor 'completions'"),
         ('{"prompt": "x", "accuracy": 2}\n', {"rollouts": {"keep": "hard"}}, "accuracy = 2: must"),

@@ -176,8 +176,12 @@ def test_a_parquet_file_has_what_json_has(tmp_path):
         {"prompt": "2", "at": None, "price": None, "messages": [{"role": "user", "content": "x"}]},
     ]
     path = tmp_path / "p.parquet"
+    rows[0] |= {"id": b"caf\xc3\xa9"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert [record for _, record in read_records(path)] == [
-        {"prompt": "1", "at": "2026-01-02 00:00:00", "price": {"of": ["1.50"]}},
+        {"prompt": "1", "at": "2026-01-02 00:00:00", "price": {"of": ["1.50"]}, "id": "café"},
         {"prompt": "2", "messages": [{"role": "user", "content": "x"}]},
     ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": b"\xff"}]), path)
+    with pytest.raises(DataError, match=r"p.parquet: column 'prompt' holds bytes: 'utf-8' codec"):
+        list(read_records(path))

@@ -264,6 +264,9 @@ class UndecidedPool:
     def __exit__(self, *_):
         pass
 
+    def verify(self, items, *, counted):
+        return [Verdict(correct=False, reward=0.0, outcome=Outcome.CRASH) for _ in items]
+
     def submit(self, key, record, completion):
         verdict = Verdict(correct=False, reward=0.0, outcome=Outcome.TIMEOUT)
         self.waiting.append((key, verdict))

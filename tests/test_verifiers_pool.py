@@ -563,3 +563,13 @@ def test_records_may_name_several_verifiers(open_pool):
     assert (right.correct, right.reward, right.answer) == (True, 0.5, "3")
     assert (wrong.correct, wrong.reward, wrong.outcome) == (False, 0.0, Outcome.WRONG)
     assert names(record, {**MODULES, "mischief": ""}) == ["math", "mischief"]
+
+
+def test_failures_that_are_not_counted_stop_nobody():
+    with Pool(workers=2, max_failure_rate=0.1, limit_s=20) as pool:
+        broken = [({"verifier": "instruct", "ground_truth": 3}, "x")] * 60
+        verdicts = pool.verify(broken, counted=False)
+        assert len(verdicts) == 60 and not any(verdict.scored for verdict in verdicts)
+        assert pool.verify([({"verifier": "math", "ground_truth": 1}, "\\boxed{1}")])[0].correct
+        with pytest.raises(VerifierFailure):
+            pool.verify(broken)

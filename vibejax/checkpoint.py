@@ -93,7 +93,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            found, complaint = None, ""
+            found = restored = None
+            complaint = ""
             try:
                 found = self._read_all(step, state)
             except DamagedError as error:
@@ -103,6 +104,7 @@ class Checkpoints:
                 complaint = _difference(leaves, digests.of_leaves(restored))
                 if _all_processes(not complaint):
                     return restored
+            found = restored = None  # the next one needs the memory
             aside = self._set_aside(step)
             print(
                 f"{self.folder / str(step)}: damaged: {complaint or 'another process says so'}; "

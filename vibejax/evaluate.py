@@ -111,7 +111,7 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             require_verifiable(pool, prompts[name], given.path)
     folder = run_folder.open_run(config, "evaluate")
     with run_folder.kept(config, folder):
-        judge = os.environ.get(rubric_endpoint.MODEL)
+        judge = _judge(prompts)
         held = _claim(folder, opened, judge)
         load = functools.cache(
             lambda: policy.load_engine(opened, config.rollout, config.dtype, mesh)
@@ -228,6 +228,13 @@ def _majority_scores(rows, correct_NG, equal) -> np.ndarray:
     )
 
 
+def _judge(prompts: Mapping[str, Sequence[Prompt]]) -> str | None:
+    """The model behind the endpoint, where one is named and a record may ask it."""
+    asking = {name for group in prompts.values() for p in group for name in names(p.record)}
+    named = os.environ.get(rubric_endpoint.URL) and asking & {"rubric", "math_judge"}
+    return os.environ.get(rubric_endpoint.MODEL) if named else None
+
+
 def _claim(folder: Path, opened: Policy, judge: str | None) -> dict:
     """Says in the folder whose completions it holds, and whose verdicts.
 
@@ -236,15 +243,15 @@ def _claim(folder: Path, opened: Policy, judge: str | None) -> dict:
     """
     held = {"name": opened.name, "sha256": checksums(opened.path)}
     path = folder / "checkpoint.json"
-    stored = json.loads(path.read_text()) if path.is_file() else held | {"judge": judge}
+    stored = {"judge": judge} | (json.loads(path.read_text()) if path.is_file() else held)
     if {name: stored.get(name) for name in held} != held:
         raise RunError(
             f"{folder}: holds completions of other weights than {opened.name} has now; choose "
             "another out"
         )
-    if stored.get("judge") != judge:
+    if stored["judge"] != judge:
         raise RunError(
-            f"{folder}: holds verdicts of the judge {stored.get('judge')}, and "
+            f"{folder}: holds verdicts of the judge {stored['judge']}, and "
             f"{rubric_endpoint.MODEL} names {judge}; choose another out"
         )
     write_json(path, held | {"judge": judge})

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vibejax import buckets, data, qwen2, sampler_copy, tokenizer, weights
+from vibejax.checkpoint_reader import checksums
 from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.decode import Sampling
@@ -80,13 +81,14 @@ def run(args: argparse.Namespace) -> None:
     path = weights.locate(args.model)
     model = weights.load_config(path)
     tokens = tokenizer.load(path)
+    dtype = jnp.dtype(args.dtype or qwen2.default_dtype())
+    settings = _settings(args, path, dtype) if args.out is not None else {}
     requests, records = _requests(args, tokens, model.context - args.max_tokens)
     if args.resume:
-        done = _resumed(args, records)
+        done = _resumed(args, records, settings)
         requests, records = requests[done:], records[done:]
         if not requests:
             return
-    dtype = jnp.dtype(args.dtype or qwen2.default_dtype())
     how = Sampling(
         temperature=args.temperature,
         top_p=args.top_p,
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         for completion in next(groups):
             print(tokens.decode(completion.text_ids))
         return
-    with _sink(args) as out:
+    with _sink(args, settings) as out:
         for record, group in zip(records, groups, strict=True):
             out.write(json.dumps({**record, "completions": _rows(group, tokens)}) + "\n")
             out.flush()
@@ -175,7 +177,7 @@ def _rows(group: list[Completion], tokens: tokenizer.Tokenizer) -> list[dict[str
     ]
 
 
-def _sink(args: argparse.Namespace) -> TextIO:
+def _sink(args: argparse.Namespace, settings: dict[str, Any]) -> TextIO:
     """Where records go; standard output is closed with the process."""
     if args.out is None:
         return sys.stdout
@@ -183,11 +185,11 @@ def _sink(args: argparse.Namespace) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.resume and path.exists():
         return path.open("a")
-    _settings_file(path).write_text(json.dumps(_settings(args)) + "\n")
+    _settings_file(path).write_text(json.dumps(settings) + "\n")
     return path.open("w")
 
 
-def _resumed(args: argparse.Namespace, records: list[data.Record]) -> int:
+def _resumed(args: argparse.Namespace, records: list[data.Record], settings: dict[str, Any]) -> int:
     """How many of the records are in --out already; half of a line is cut off.
 
     Raises:
@@ -198,9 +200,9 @@ def _resumed(args: argparse.Namespace, records: list[data.Record]) -> int:
     path = buckets.on_disk(args.out)
     if not path.exists():
         return 0
-    settings = _settings_file(path)
-    stored = json.loads(settings.read_text()) if settings.is_file() else {}
-    for name, value in _settings(args).items():
+    file = _settings_file(path)
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    for name, value in settings.items():
         if stored.get(name) != value:
             raise InputError(
                 f"--resume: {path} was written with {name} = {stored.get(name)!r}, not {value!r}"
@@ -210,19 +212,22 @@ def _resumed(args: argparse.Namespace, records: list[data.Record]) -> int:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            row = json.loads(line)
-            del row["completions"]
-            if done == len(records) or row != records[done]:
+            if done == len(records) or _asked(json.loads(line)) != _asked(records[done]):
                 raise InputError(f"--resume: {path}:{done + 1} is of another record of the prompts")
             done, size = done + 1, size + len(line)
         file.truncate(size)
     return done
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _asked(record: data.Record) -> str:
+    return json.dumps({k: v for k, v in record.items() if k != "completions"}, sort_keys=True)
+
+
+def _settings(args: argparse.Namespace, path: Path, dtype: jnp.dtype) -> dict[str, Any]:
     """What completions depend on, but for the records."""
-    apart = ("prompt", "prompts", "out", "resume", "slots")
-    return {name: value for name, value in vars(args).items() if name not in apart}
+    apart = ("model", "prompt", "prompts", "out", "resume", "slots")
+    given = {name: value for name, value in vars(args).items() if name not in apart}
+    return given | {"dtype": dtype.name, "checkpoint": checksums(path)}
 
 
 def _settings_file(path: Path) -> Path:

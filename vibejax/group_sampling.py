@@ -130,8 +130,8 @@ def _sample(setup, state, prompts, pool, how, samples, step) -> Rollout:
     joined = exchange.joined(own, prompts)
     if not joined.finite:
         raise RunError(
-            f"step {step}: the policy's log-probabilities after {done} steps are not finite; "
-            "remove the checkpoints of that step to go on from one before it"
+            f"step {done}: the policy's log-probabilities are not finite after it; remove the "
+            "checkpoint of that step, if there is one, to go on from one before it"
             if done
             else f"{config.policy}: the policy's log-probabilities are not finite"
         )

@@ -23,6 +23,9 @@ from vibejax.tokenizer import Tokenizer
 from vibejax.verifiers import Outcome, Verdict
 from vibejax.verifiers.pool import Pool
 
+BROKEN = (Outcome.UNSCORED, Outcome.CRASH)
+GROUPS_AT_ONCE = 32  # verified again before their verdicts are stored
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -120,8 +123,8 @@ def answers(
     """Verified completions of all prompts, in their order, each group stored once it is verified.
 
     A group is a function of (weights, seed, prompt), so what `path` holds of an earlier run is
-    taken from there, unless the record has changed since; what could not be verified then is
-    verified again.
+    taken from there, unless the record has changed since; what a broken verifier, or a judge that
+    did not answer, left open is verified again.
 
     Args:
         policy: the checkpoint.
@@ -189,19 +192,23 @@ def _said(verdict: Verdict) -> dict[str, Any]:
 def _verified_again(
     held: Mapping[int, list[dict[str, Any]]], prompts: Sequence[Prompt], pool: Pool
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The stored groups with verdicts that said nothing, with the verdicts of now."""
+    """The stored groups whose verifiers broke, with the verdicts of now.
+
+    Not those that ran out of time or memory, which is the completion's own doing.
+    """
     unsure = {
-        n: {row["text"] for row in rows if not Outcome(row["outcome"]).scored}
+        n: sorted({row["text"] for row in rows if row["outcome"] in BROKEN})
         for n, rows in held.items()
     }
-    for n, texts in unsure.items():
-        for text in sorted(texts):
-            pool.submit((n, text), prompts[n].record, text)
-    verdicts = dict(pool.finished(wait=True))
-    for n, texts in unsure.items():
-        if texts:
-            now = {text: _said(verdicts[n, text]) for text in texts}
-            yield n, [row | now.get(row["text"], {}) for row in held[n]]
+    unsure = {n: texts for n, texts in unsure.items() if texts}
+    for start in range(0, len(unsure), GROUPS_AT_ONCE):
+        part = [*unsure][start : start + GROUPS_AT_ONCE]
+        asked = [(n, text) for n in part for text in unsure[n]]
+        given = ((prompts[n].record, text) for n, text in asked)
+        # They have failed before: that some do so again must not keep a run from going on.
+        now = dict(zip(asked, map(_said, pool.verify(given, counted=False)), strict=True))
+        for n in part:
+            yield n, [row | now.get((n, row["text"]), {}) for row in held[n]]
 
 
 def _digest(record: data.Record) -> str:

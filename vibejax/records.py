@@ -45,7 +45,7 @@ def _rows(path: Path) -> Iterator[Record]:
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: not a parquet file: {error}") from error
         for batch in file.iter_batches():
-            for row in plain_rows(batch):
+            for row in plain_rows(batch, path):
                 yield {name: value for name, value in row.items() if value is not None}
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
@@ -83,14 +83,25 @@ def _json_rows(path: Path) -> Iterator[Record]:
             yield record
 
 
-def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a parquet file, with text in place of dates, decimals and bytes."""
+def plain_rows(batch: pyarrow.RecordBatch, path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file, with text in place of dates, decimals and bytes.
+
+    Raises:
+        DataError: bytes are no UTF-8.
+    """
     others = [field.name for field in batch.schema if not _in_json(field.type)]
     rows = batch.to_pylist()
     for row in rows:
         for name in others:
-            row[name] = json.loads(json.dumps(row[name], default=str))
+            try:
+                row[name] = json.loads(json.dumps(row[name], default=_text))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: column {name!r} holds bytes: {error}") from None
     return rows
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 @functools.cache

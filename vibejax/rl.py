@@ -145,9 +145,10 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                 last = checkpoints.latest_step()
                 if int(state.step) == (step - 1) * config.objective.updates:  # not amid a step
                     checkpoints.save(last := step - 1, state)
+                saved = f"the state after step {last}" if last is not None else "nothing"
                 raise RunError(
-                    f"step {step}: the loss or the gradient is not finite; the state after step "
-                    f"{last or 0} is saved in {checkpoints.folder}"
+                    f"step {step}: the loss or the gradient is not finite; {saved} is saved in "
+                    f"{checkpoints.folder}"
                 )
             values |= rollout.engine_metrics(rolled.counts) | {
                 "time/step_s": time.perf_counter() - start,

@@ -13,9 +13,9 @@ class DecontaminateConfig(Section):
     """What records must not repeat (curate/evaluation.py)."""
 
     sets: list[str] = default(
-        [], "evaluation sets, JSONL or parquet: paths, or NAME=PATH; empty: no decontamination"
+        [], "evaluation sets, as published: paths, or NAME=PATH; empty: no decontamination"
     )
-    field: str = default("", "the sets' field of the problem; empty: `messages` or `prompt`")
+    field: str = default("", "the sets' column of the problem; empty: their layout's")
     n: Count = default(10, "words of an n-gram")
     share: Share = default(
         0.5, "of an item's words in shared n-grams that makes a copy, n at least; 4 n always do"
@@ -62,7 +62,7 @@ class RolloutFilterConfig(Section):
     )
     min_error_rate: Share = default(0.75, "of the completions, for keep = hard")
     pseudo_labels: bool = default(
-        False, "give records without a ground truth the answer of most of their completions"
+        False, "give math records without a ground truth the answer of most of their completions"
     )
     min_votes: Share = default(0.5, "of the completions that the answer needs")
 

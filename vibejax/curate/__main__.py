@@ -240,6 +240,7 @@ def _ask_verifiers(
                 counts.labelled += reasons[i] is None
         left = [i for i in left if reasons[i] is None]
     if config.verify_traces:
+        counts.without_verifier += sum(not _can_be_verified(records[i]) for i in left)
         _judge_traces(chunk, records, left, reasons, pool)
         left = [i for i in left if reasons[i] is None]
     if config.rollouts.keep != "all":
@@ -249,11 +250,13 @@ def _ask_verifiers(
 def _wants_label(record: Record) -> bool:
     """Whether a record has nothing to be verified with, and may be of math."""
     given = any(record.get(name) is not None for name in (*benchmarks.TRUTHS, "reward_model"))
-    return not given and record.get("verifier") in (None, "math")
+    return not given and record.get("verifier") in (None, "math", "math_judge", ["math"])
 
 
 def _can_be_verified(record: Record) -> bool:
-    return record.get("verifier") is not None or record.get("reward_model") is not None
+    """Whether a record means to be: one with a truth and no verifier is an error then."""
+    names = ("verifier", "reward_model", *benchmarks.TRUTHS)
+    return any(record.get(name) is not None for name in names)
 
 
 def _label(config: CurateConfig, record: dict[str, Any], where: str, pool: Pool) -> Reason | None:

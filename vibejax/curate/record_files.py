@@ -52,7 +52,7 @@ class Chunk:
             InputError: a line is no JSON object; a last line that is cut off is called so.
         """
         if isinstance(self.rows, pyarrow.RecordBatch):
-            return records.plain_rows(self.rows)
+            return records.plain_rows(self.rows, self.path)
         return [self._record(i, line) for i, line in enumerate(self.rows)]
 
     def _record(self, i: int, line: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class Counts:
         dropped: records of each reason.
         items: records that repeat each item of an evaluation set.
         labelled: records that were given a ground truth.
+        without_verifier: records whose traces nothing could verify, where traces are; they stay.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class Counts:
         self.dropped: collections.Counter[str] = collections.Counter()
         self.items: collections.Counter[str] = collections.Counter()
         self.labelled = 0
+        self.without_verifier = 0
 
 
 def summary(
@@ -38,6 +40,7 @@ def summary(
         "kept": kept,
         "dropped": dict(counts.dropped.most_common()),
         "labelled": counts.labelled,
+        "without_verifier": counts.without_verifier,
         "inputs": {
             str(path): {"read": counts.read[str(path)], "kept": counts.kept[str(path)]}
             for path in inputs

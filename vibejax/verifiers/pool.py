@@ -36,8 +36,9 @@ class _ClosedError(Exception):
 
 @dataclasses.dataclass
 class _Inbox:
-    """Where the verdicts of one caller go."""
+    """Where the verdicts of one caller go, and whether its failures count."""
 
+    counted: bool = True
     done: collections.deque = dataclasses.field(default_factory=collections.deque)
     outstanding: int = 0
 
@@ -185,16 +186,22 @@ class Pool:
         """
         return self._drain(self._inbox, wait)
 
-    def verify(self, items: Iterable[tuple[Mapping[str, Any], str]]) -> list[Verdict]:
+    def verify(
+        self, items: Iterable[tuple[Mapping[str, Any], str]], *, counted: bool = True
+    ) -> list[Verdict]:
         """Verifies (record, completion) pairs and returns their verdicts in the order of input.
 
         Items that other callers submitted are neither waited for nor returned.
+
+        Args:
+            items: what to verify.
+            counted: whether failures count towards `max_failure_rate`.
 
         Raises:
             ValueError: a record cannot be verified.
             VerifierFailure: more than `max_failure_rate` of the latest items failed.
         """
-        inbox = _Inbox()
+        inbox = _Inbox(counted=counted)
         count = 0
         for record, completion in items:
             self._submit(count, record, completion, inbox)
@@ -282,7 +289,8 @@ class Pool:
                     if self._closed:
                         return
                     self.outcomes[verdict.outcome] += 1
-                    self._recent.append(not verdict.scored)
+                    if item.inbox.counted:
+                        self._recent.append(not verdict.scored)
                     item.inbox.done.append((item.key, verdict))
                     item.inbox.outstanding -= 1
                     self._has_verdict.notify_all()
