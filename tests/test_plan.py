@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -441,3 +442,17 @@ def test_models_that_come_with_it_are_the_reports():
         model = jobs.model_of(jobs.read_settings(path))
         assert (model.layers, model.width, model.mlp, model.tied) == (layers, width, mlp, True)
     assert sharding.MESH_AXES == ("data", "fsdp", "context", "tensor")
+
+
+def test_a_program_that_jaxlib_cannot_read_is_read_as_the_compiler_wrote_it(tmp_path):
+    def refuse():
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands")
+
+    compiled = types.SimpleNamespace(as_text=refuse)
+    for name, text in (("0.jit_cast", "small"), ("1.jit_step", "the program")):
+        (tmp_path / f"module_000{name}.after_codegen.txt").write_text(text)
+    (tmp_path / "module_0001.jit_step.before_optimizations.txt").write_text("longer than all else")
+    assert compiling._text(compiled, tmp_path) == "the program"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compiling._text(compiled, None)
+    assert compiling._text(types.SimpleNamespace(as_text=lambda: "read"), tmp_path) == "read"

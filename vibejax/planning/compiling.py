@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ ENVIRONMENT = {  # the compiler alone: no device is looked for
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+AS_TEXT = "--xla_dump_hlo_as_text"
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 SHAPING = ("jobs.py", "slices.py")  # of planning: what a program depends on
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -121,16 +123,22 @@ def _compiled(job: Job, folder: Path, limit_s: float) -> Compiled:
         print(f"compiling {job.program} for {job.slice}", file=sys.stderr, flush=True)
         request = path.with_suffix(".job")
         request.write_text(json.dumps(dataclasses.asdict(job)))
-        command = [sys.executable, "-m", __spec__.name, str(request), str(path)]
-        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        try:
-            done = subprocess.run(
-                command, env=environment, timeout=limit_s, capture_output=True, text=True
-            )
-        except subprocess.TimeoutExpired:
-            return Compiled(job.program, failure=f"no compile within {limit_s:g} s")
-        finally:
-            request.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as dump:
+            command = [sys.executable, "-m", __spec__.name, str(request), str(path), dump]
+            flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} {AS_TEXT}".strip()
+            told = {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": flags}
+            try:
+                done = subprocess.run(
+                    command,
+                    env=os.environ | ENVIRONMENT | told,
+                    timeout=limit_s,
+                    capture_output=True,
+                    text=True,
+                )
+            except subprocess.TimeoutExpired:
+                return Compiled(job.program, failure=f"no compile within {limit_s:g} s")
+            finally:
+                request.unlink(missing_ok=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             named = [line for line in said if line.startswith("jax.errors.")] or said[-1:]
@@ -181,8 +189,8 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _compile(job: Job) -> Compiled:
-    """Compiles in this process."""
+def _compile(job: Job, dump: Path) -> Compiled:
+    """Compiles in this process, which dumps programs into `dump`."""
     import jax
 
     from vibejax.planning import jobs
@@ -197,7 +205,7 @@ def _compile(job: Job) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
             raise
         return Compiled(job.program, **refusal(said), **_places(mesh))
-    found = described(job.program, compiled, mesh)
+    found = described(job.program, compiled, mesh, dump)
     return dataclasses.replace(found, seconds=round(time.perf_counter() - start, 1))
 
 
@@ -208,15 +216,19 @@ def _places(mesh) -> dict[str, Any]:
     }
 
 
-def described(program: str, compiled, mesh) -> Compiled:
+def described(program: str, compiled, mesh, dump: Path | None = None) -> Compiled:
     """What came out of a compile.
 
     Args:
         program: its name.
         compiled: as `jax.stages.Lowered.compile` returns it.
         mesh: the devices that it is for.
+        dump: where the compiler has written it, if it has.
+
+    Raises:
+        JaxRuntimeError: jaxlib cannot read the program, and the compiler has not written it.
     """
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), _text(compiled, dump)
     computations = hlo.parse(text)
     runs = hlo.executions(computations, hlo.entry(text))
     return Compiled(
@@ -230,6 +242,23 @@ def described(program: str, compiled, mesh) -> Compiled:
         text=text,
         **_places(mesh),
     )
+
+
+def _text(compiled, dump: Path | None) -> str:
+    """The text of a compiled program.
+
+    jaxlib refuses to read some of what newer TPUs' compiler makes, calls to a SparseCore of several
+    operands. What the compiler itself has written is the same program.
+    """
+    import jax
+
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        if dump is None:
+            raise
+        written = max(dump.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        return written.read_text()
 
 
 def refusal(said: str) -> dict[str, Any]:
@@ -246,5 +275,5 @@ def refusal(said: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    request, out = map(Path, sys.argv[1:])
-    write(_compile(Job(**json.loads(request.read_text()))), out)
+    request, out, dumped = map(Path, sys.argv[1:])
+    write(_compile(Job(**json.loads(request.read_text())), dumped), out)

@@ -19,7 +19,8 @@ SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 ARRAY = re.compile(r"\b(" + "|".join(SIZES) + r")\[([\d,]*)\](\{[^}]*\})?")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "after-all",
-        "partition-id", "copy-done", "opt-barrier", "async-done", "slice-done"}  # fmt: skip
+        "partition-id", "copy-done", "opt-barrier", "async-update", "async-done",
+        "slice-done"}  # fmt: skip
 PARTIAL = {"gather": 0, "dynamic-slice": 0, "slice": 0}
 IN_PLACE = {"scatter": 2, "dynamic-update-slice": 1}  # which operand is the update
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

@@ -278,8 +278,9 @@ def _measured(
         try:
             described = compiling.described("", compiled, program.mesh)
             projected = program.project(described, machine.where)
-        except ValueError as error:  # a program of a form that planning does not read
-            return found | {"not_projected": str(error)}
+        # A program of a form that planning, or jaxlib, does not read.
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            return found | {"not_projected": str(error).splitlines()[0]}
         ratio = time.median_s / projected
         found |= {"projected_s": projected, "measured_over_projected": ratio}
     return found
