@@ -131,7 +131,7 @@ HOSTILE = {
     "compiler": "x = " + "(" * 5000 + ")" * 5000,
     "an endless thread": """
         import threading
-        threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()
+        threading.Thread(target=lambda: all(x == 0 for x in iter(int, 1))).start()
         """,
 }
 
