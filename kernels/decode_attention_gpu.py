@@ -112,7 +112,7 @@ def paged_attention(
 
 
 def _one_pass(q_IKrD, pages, table_IM, begin_I, tokens_I, T, *, tile, parts, step, interpret):
-    I, K, rows, D = q_IKrD.shape  # noqa: E741
+    I, K, rows, D = q_IKrD.shape  # noqa: E741 - I: items of work
     P, _, s, C = pages.kv_PKsC.shape
     M = table_IM.shape[1]
     tile = tile or tile_for(rows, D, q_IKrD.dtype, step)

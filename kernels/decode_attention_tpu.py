@@ -204,7 +204,7 @@ def _plan(begin_I, tokens_I, s, M, count, workers=WORKERS) -> _Plan:
 
 
 def _one_pass(q_IKrD, pages, table_IM, begin_I, tokens_I, T, *, blocks, fetch, interpret):
-    I, K, rows, D = q_IKrD.shape  # noqa: E741
+    I, K, rows, D = q_IKrD.shape  # noqa: E741 - I: items of work
     s, C = pages.kv_PKsC.shape[2:]
     M = table_IM.shape[1]
     dtype = pages.kv_PKsC.dtype

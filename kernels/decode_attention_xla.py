@@ -58,7 +58,7 @@ def paged_attention(
 
 
 def _one_pass(q_IKrD, pages, table_IM, begin_I, tokens_I, T, *, block):
-    I, K, r, D = q_IKrD.shape  # noqa: E741
+    I, K, r, D = q_IKrD.shape  # noqa: E741 - I: items of work
     P, _, s, _ = pages.kv_PKsC.shape
     M = table_IM.shape[1]
     end_I = jnp.minimum(-(-tokens_I // s), M)
@@ -107,7 +107,7 @@ def _scales(pages, page_Ic):
     if pages.scale_PKal is None:
         one = jnp.ones((1, 1, 1), jnp.float32)
         return one, one
-    I, c = page_Ic.shape  # noqa: E741
+    I, c = page_Ic.shape  # noqa: E741 - I: items of work
     K, s = pages.kv_PKsC.shape[1:3]
     scale_IcK2s = pages.scale_PKal[page_Ic].reshape(I, c, K, 2, s)
     return tuple(scale_IcK2s.transpose(3, 0, 2, 1, 4).reshape(2, I, K, -1))

@@ -204,7 +204,10 @@ def test_most_completions_give_the_label(tmp_path):
 
 def test_majority_by_hand():
     texts = [rf"\boxed{{{a}}}" for a in ("4", "x", "four", "X", "4")] + ["none"]
-    same = lambda pairs: [a.lower() == b.lower() for a, b in pairs]  # noqa: E731
+
+    def same(pairs):
+        return [a.lower() == b.lower() for a, b in pairs]
+
     assert rollouts.majority(texts, same) == (None, 2)
     assert rollouts.majority(texts[:4], same) == ("x", 2)
     assert rollouts.majority(["none"], same) == (None, 0)

@@ -25,7 +25,7 @@ from vibejax.kernels.decode_attention_tpu import Blocks
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
-def kernel(blocks=Blocks(pages=2, buffers=3), interpret=STRICT):  # noqa: B008
+def kernel(blocks=Blocks(pages=2, buffers=3), interpret=STRICT):  # noqa: B008 - a constant
     settings = {"blocks": blocks, "interpret": interpret}
     attend = functools.partial(decode_attention_tpu.paged_attention, **settings)
     attend = jax.jit(attend, static_argnames="group")

@@ -1,5 +1,6 @@
 """The shipped policy teaches itself sums: sampled once, and scripted trajectories for the rest."""
 
+import contextlib
 import json
 import shutil
 
@@ -252,28 +253,14 @@ def test_another_selection_costs_nothing_and_another_seed_is_another_run(
 # Scripted trajectories --------------------------------------------------------------------------
 
 
-class UndecidedPool:
-    """Verifiers that never come to a verdict."""
+class BrokenPool(contextlib.nullcontext):
+    """Verifiers that are broken when they are asked again."""
 
     def __init__(self, **_):
-        self.waiting = []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+        super().__init__(self)
 
     def verify(self, items, *, counted):
         return [Verdict(correct=False, reward=0.0, outcome=Outcome.CRASH) for _ in items]
-
-    def submit(self, key, record, completion):
-        verdict = Verdict(correct=False, reward=0.0, outcome=Outcome.TIMEOUT)
-        self.waiting.append((key, verdict))
-
-    def finished(self, *, wait):
-        done, self.waiting = self.waiting, []
-        yield from done
 
 
 def test_what_is_no_trace_is_counted_for_its_reason(inputs, tmp_path):
@@ -298,7 +285,7 @@ def test_what_is_no_trace_is_counted_for_its_reason(inputs, tmp_path):
             [completion("0" + second), *[completion("1", outcome="crash")] * 4],
         ],
     )  # fmt: skip
-    out = distill.run(config, UndecidedPool)
+    out = distill.run(config, BrokenPool)
     result = json.loads((out / "report.json").read_text())
     together = result["cells"][-1]
     counted = {end: n for end, n in together.items() if isinstance(n, int) and n}

@@ -64,7 +64,10 @@ def test_refills_have_an_order_of_their_own_and_steps_keep_theirs():
 def test_a_curriculum_begins_with_what_is_easiest():
     accuracies = [0.1, 0.9, 0.5, 0.7, 0.3]
     prompts = [Prompt(i, (1,), {"accuracy": a}) for i, a in enumerate(accuracies)]
-    indices = lambda share, least: [p.index for p in data.easiest(prompts, share, at_least=least)]  # noqa: E731
+
+    def indices(share, least):
+        return [p.index for p in data.easiest(prompts, share, at_least=least)]
+
     assert indices(0.2, 1) == [1]
     assert indices(0.2, 2) == [1, 3]
     assert indices(0.5, 1) == [1, 3, 2]

@@ -227,7 +227,7 @@ def paged_attention(
         raise ValueError("attention 'cudnn': must be tpu, gpu, xla or reference over pages")
     if backend == "reference":
         decode_attention_xla.check(q_BTHD, pages, table_BM, length_B, shared_G, group)
-        attend = lambda *args: reference.paged_attention(*args[:4])  # noqa: E731
+        attend = lambda *args: reference.paged_attention(*args[:4])  # noqa: E731 - no sharing
     elif backend == "xla":
         attend = functools.partial(decode_attention_xla.paged_attention, group=group)
     elif backend == "tpu":

@@ -200,8 +200,8 @@ def _resumed(args: argparse.Namespace, records: list[data.Record], settings: dic
     path = buckets.on_disk(args.out)
     if not path.exists():
         return 0
-    file = _settings_file(path)
-    stored = json.loads(file.read_text()) if file.is_file() else {}
+    beside = _settings_file(path)
+    stored = json.loads(beside.read_text()) if beside.is_file() else {}
     for name, value in settings.items():
         if stored.get(name) != value:
             raise InputError(

@@ -103,7 +103,10 @@ def write_records(path: Path, data: Path, count: int) -> None:
     vocabulary = [
         "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9))) for _ in range(20_000)
     ]
-    fill = lambda size: " ".join(rng.choices(vocabulary, k=size // 6 + 1))[:size]  # noqa: E731
+
+    def fill(size: int) -> str:
+        return " ".join(rng.choices(vocabulary, k=size // 6 + 1))[:size]
+
     texts += [(f"other-{i}", fill(500)) for i in range(count - len(texts))]
     rng.shuffle(texts)
     with path.open("w") as file:

@@ -94,13 +94,13 @@ def _matmul(side: str) -> None:
 
             x, w = jnp.ones((m, 576)), jnp.ones((576, 1536))
             product = jax.jit(jnp.matmul)
-            run = lambda: product(x, w).block_until_ready()  # noqa: B023, E731
+            run = lambda: product(x, w).block_until_ready()  # noqa: B023, E731 - run at once
         else:
             import torch
 
             torch.set_num_threads(os.cpu_count())
             layer, x = torch.nn.Linear(576, 1536, bias=False), torch.ones(m, 576)
-            run = lambda: layer(x)  # noqa: B023, E731
+            run = lambda: layer(x)  # noqa: B023, E731 - run at once
         speeds[name] = 2 * m * 576 * 1536 / seconds(run, 30) / 1e9
     report(**speeds)
 

@@ -151,7 +151,10 @@ def rates(case: str) -> None:
 
     w_LFE = [jnp.ones((1_536, 576)) for _ in range(60)]
     x_BE = jnp.ones((32, 576))
-    einsum = lambda x, w: jnp.einsum("BE,FE->BF", x, w, precision="highest")  # noqa: E731
+
+    def einsum(x, w):
+        return jnp.einsum("BE,FE->BF", x, w, precision="highest")
+
     products = jax.jit(lambda x, ws: [einsum(x, w) for w in ws])
     big = jnp.ones((2**28,))
     total = jax.jit(jnp.sum)

@@ -12,8 +12,8 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import compile_cuda  # noqa: E402
-import tpu_schedule  # noqa: E402
+import compile_cuda  # noqa: E402 - found by the line above
+import tpu_schedule  # noqa: E402 - found by the line above
 
 
 @pytest.mark.parametrize(

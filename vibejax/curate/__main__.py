@@ -240,7 +240,7 @@ def _ask_verifiers(
                 counts.labelled += reasons[i] is None
         left = [i for i in left if reasons[i] is None]
     if config.verify_traces:
-        counts.without_verifier += sum(not _can_be_verified(records[i]) for i in left)
+        counts.without_verifier += sum(not _is_to_be_verified(records[i]) for i in left)
         _judge_traces(chunk, records, left, reasons, pool)
         left = [i for i in left if reasons[i] is None]
     if config.rollouts.keep != "all":
@@ -253,7 +253,7 @@ def _wants_label(record: Record) -> bool:
     return not given and record.get("verifier") in (None, "math", "math_judge", ["math"])
 
 
-def _can_be_verified(record: Record) -> bool:
+def _is_to_be_verified(record: Record) -> bool:
     """Whether a record means to be: one with a truth and no verifier is an error then."""
     names = ("verifier", "reward_model", *benchmarks.TRUTHS)
     return any(record.get(name) is not None for name in names)
@@ -279,7 +279,7 @@ def _judge_traces(
 ) -> None:
     """Drops traces that their verifiers do not accept; records without a verifier stay."""
     items = []
-    left = [i for i in left if _can_be_verified(records[i])]
+    left = [i for i in left if _is_to_be_verified(records[i])]
     for i in left:
         where, record = chunk.where(i), benchmarks.asked(records[i])
         trace = parts(records[i], where)[1]
@@ -308,7 +308,7 @@ def _judge_rollouts(
         for i in left
         if accuracy[i] is None
         for text in rollouts.completion_texts(records[i], chunk.where(i))
-        if _can_be_verified(records[i])
+        if _is_to_be_verified(records[i])
     ]
     groups = collections.defaultdict(list)
     found = rollouts.verdicts(pool, [item for _, item in items])
