@@ -29,5 +29,8 @@ def resolve(name: str) -> Path:
         raise InputError(f"{name}: no installed Python package {package!r}")
     if not inner or Path(inner).is_absolute() or ".." in Path(inner).parts:
         raise InputError(f"{name}: must be package:NAME/PATH with a path inside the package")
-    paths = [Path(root) / inner for root in spec.submodule_search_locations]
+    roots = spec.submodule_search_locations
+    if package == __package__:  # which a folder of that name, such as a clone's, can hide
+        roots = [Path(__file__).parent]
+    paths = [Path(root) / inner for root in roots]
     return next((path for path in paths if path.exists()), paths[0])
