@@ -171,17 +171,20 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         """Renames a checkpoint, so that the run can save at its step again."""
+        aside = self.folder / distributed.from_first(lambda: self._renamed(step))
+        self._manager.reload()
+        return aside
+
+    def _renamed(self, step: int) -> str:
+        """Renames it; one process does, as another would count what this one just made."""
         folder = self.folder / str(step)
         number = sum(1 for _ in self.folder.glob(f"damaged-{step}-*")) + 1
         aside = self.folder / f"damaged-{step}-{number}"
-        if distributed.first():
-            if self._in_bucket:
-                buckets.move(folder, aside)
-            else:
-                folder.rename(aside)
-        _all_processes(True)
-        self._manager.reload()
-        return aside
+        if self._in_bucket:
+            buckets.move(folder, aside)
+        else:
+            folder.rename(aside)
+        return aside.name
 
     def close(self) -> None:
         """Waits for the running save.
