@@ -1,19 +1,21 @@
 """Attention in blocks, in plain XLA: memory linear in the row, for any device.
 
-For chips that no kernel has tiles for, to hold against a suspected kernel, and for long rows on a
-CPU, where the reference would hold [T, T] scores. The contract is `reference.attention`'s.
+For CPUs, for chips that no kernel has tiles for, and to hold against a suspected kernel. The
+contract is `reference.attention`'s.
 
-The key tiles that a query tile needs are one contiguous range (see `spans`); no other tile is
-read, in the forward or in the backward pass.
+The key tiles that a query tile needs are one contiguous range (see `spans`); the rows go through
+the union of theirs together, and no other tile is read, in the forward or in the backward pass.
 
 Shape suffixes: B rows, T query tokens, S key tokens, H query heads, K key/value heads, G = H / K,
-D head dimension, N query tiles, t tokens of a query tile, s tokens of a key tile.
+D head dimension, N query tiles, t tokens of a query tile, R = G * t, M key tiles, s tokens of a
+key tile.
 
 Source: online softmax, Milakov and Gimelshein, arXiv:1805.02867; its backward pass,
 FlashAttention-2, arXiv:2307.08691, algorithm 2.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 from vibejax.kernels.reference import MASKED, product
 from vibejax.kernels.spans import spans, tile_ranges
 
-TILE = 512
+TILE = 64  # what packed rows skip most with
+LONG_TILE = 256  # fewer rounds of the loops; 1.5 times as fast at 16,384 tokens on two cores
+LONG_TOKENS = 4_096
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -34,7 +38,7 @@ def attention(
     q_segment_BT: jax.Array,
     kv_position_BS: jax.Array,
     kv_segment_BS: jax.Array,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention within segments; softmax in float32.
 
@@ -46,7 +50,7 @@ def attention(
         q_segment_BT: [B, T] int32 document, each id at most S; 0 is padding.
         kv_position_BS: [B, S] int32.
         kv_segment_BS: [B, S] int32, each id one run.
-        tile: tokens of a tile, of queries and of keys.
+        tile: tokens of a tile, of queries and of keys; None: by the length of the row.
 
     Returns:
         [B, T, H, D] of q's dtype, zeros at padding.
@@ -59,136 +63,141 @@ def attention(
 def _forward(
     q_BTHD, k_BSKD, v_BSKD, q_position_BT, q_segment_BT, kv_position_BS, kv_segment_BS, tile
 ):
-    T = q_BTHD.shape[1]
-    padded = [
-        _pad(x, tile)
-        for x in (
-            q_BTHD, k_BSKD, v_BSKD, q_position_BT, q_segment_BT, kv_position_BS, kv_segment_BS
-        )
-    ]  # fmt: skip
-    rows = functools.partial(_forward_row, tile=tile)
-    out_BTHD, lse_BHT = jax.lax.map(lambda row: rows(*row), tuple(padded))
-    out_BTHD = checkpoint_name(out_BTHD[:, :T], "attention_output")
-    lse_BHT = checkpoint_name(lse_BHT[:, :, :T], "attention_logsumexp")
+    arrays = (q_BTHD, k_BSKD, v_BSKD)
     ids = (q_position_BT, q_segment_BT, kv_position_BS, kv_segment_BS)
-    return out_BTHD, (q_BTHD, k_BSKD, v_BSKD, *ids, out_BTHD, lse_BHT)
+    S, K, D = k_BSKD.shape[1:]
+    tile = tile or _tile(S)
+    visible = _visible(ids, tile)
+    q_NBKRD = _tiles(q_BTHD, K, tile) * jnp.asarray(D**-0.5, q_BTHD.dtype)
+    k_MBKsD, v_MBKsD = _tiles(k_BSKD, K, tile), _tiles(v_BSKD, K, tile)
+
+    def query_tile(n):
+        def key_tile(m, carry):
+            max_BKR, mass_BKR, sum_BKRD = carry
+            score_BKRs = product("BKRD,BKsD->BKRs", q_NBKRD[n], k_MBKsD[m])
+            score_BKRs = visible.where(n, m, score_BKRs, MASKED)
+            new_max_BKR = jnp.maximum(max_BKR, score_BKRs.max(axis=-1))
+            weight_BKRs = jnp.exp(score_BKRs - new_max_BKR[..., None])
+            weight_BKRs = visible.where(n, m, weight_BKRs, 0.0)
+            shrink_BKR = jnp.exp(max_BKR - new_max_BKR)
+            v_BKsD = v_MBKsD[m]
+            update_BKRD = product("BKRs,BKsD->BKRD", weight_BKRs.astype(v_BKsD.dtype), v_BKsD)
+            return (
+                new_max_BKR,
+                mass_BKR * shrink_BKR + weight_BKRs.sum(axis=-1),
+                sum_BKRD * shrink_BKR[..., None] + update_BKRD,
+            )
+
+        zeros_BKR = jnp.zeros(q_NBKRD.shape[1:-1], jnp.float32)
+        zeros_BKRD = jnp.zeros(q_NBKRD.shape[1:], jnp.float32)
+        start = (zeros_BKR + MASKED, zeros_BKR, zeros_BKRD)
+        max_BKR, mass_BKR, sum_BKRD = visible.loop(n, key_tile, start)
+        seen_BKR = mass_BKR > 0  # nothing is where a query is padding
+        mass_BKR = jnp.where(seen_BKR, mass_BKR, 1.0)
+        lse_BKR = jnp.where(seen_BKR, max_BKR + jnp.log(mass_BKR), 0.0)
+        return (sum_BKRD / mass_BKR[..., None]).astype(q_BTHD.dtype), lse_BKR
+
+    out_NBKRD, lse_NBKR = jax.lax.map(query_tile, jnp.arange(q_NBKRD.shape[0]))
+    out_BTHD = _joined(out_NBKRD, q_BTHD.shape, tile)
+    out_BTHD = checkpoint_name(out_BTHD, "attention_output")
+    lse_NBKR = checkpoint_name(lse_NBKR, "attention_logsumexp")
+    return out_BTHD, (*arrays, *ids, out_BTHD, lse_NBKR)
 
 
 def _backward(tile, residuals, dout_BTHD):
-    q_BTHD, k_BSKD, v_BSKD, q_pos, q_seg, kv_pos, kv_seg, out_BTHD, lse_BHT = residuals
-    T, S = q_BTHD.shape[1], k_BSKD.shape[1]
-    delta_BTH = jnp.sum(dout_BTHD.astype(jnp.float32) * out_BTHD.astype(jnp.float32), axis=-1)
-    padded = tuple(
-        _pad(x, tile)
-        for x in (
-            q_BTHD, k_BSKD, v_BSKD, q_pos, q_seg, kv_pos, kv_seg,
-            dout_BTHD, lse_BHT.swapaxes(1, 2), delta_BTH,
+    q_BTHD, k_BSKD, v_BSKD, *ids, out_BTHD, lse_NBKR = residuals
+    S, K, D = k_BSKD.shape[1:]
+    tile = tile or _tile(S)
+    visible = _visible(ids, tile)
+    scale = D**-0.5
+    delta_BTH1 = jnp.sum(
+        dout_BTHD.astype(jnp.float32) * out_BTHD.astype(jnp.float32), axis=-1, keepdims=True
+    )
+    q_NBKRD = _tiles(q_BTHD, K, tile) * jnp.asarray(scale, q_BTHD.dtype)
+    dout_NBKRD, delta_NBKR1 = _tiles(dout_BTHD, K, tile), _tiles(delta_BTH1, K, tile)
+    k_MBKsD, v_MBKsD = _tiles(k_BSKD, K, tile), _tiles(v_BSKD, K, tile)
+
+    def query_tile(sums, n):
+        q_BKRD, dout_BKRD = q_NBKRD[n], dout_NBKRD[n]
+
+        def key_tile(m, carry):
+            dq_BKRD, dk_MBKsD, dv_MBKsD = carry
+            score_BKRs = product("BKRD,BKsD->BKRs", q_BKRD, k_MBKsD[m])
+            weight_BKRs = jnp.exp(score_BKRs - lse_NBKR[n][..., None])
+            weight_BKRs = visible.where(n, m, weight_BKRs, 0.0)
+            dweight_BKRs = product("BKRD,BKsD->BKRs", dout_BKRD, v_MBKsD[m])
+            dscore_BKRs = (weight_BKRs * (dweight_BKRs - delta_NBKR1[n])).astype(q_BKRD.dtype)
+            weight_BKRs = weight_BKRs.astype(dout_BKRD.dtype)
+            dv_BKsD = product("BKRs,BKRD->BKsD", weight_BKRs, dout_BKRD)
+            dk_BKsD = product("BKRs,BKRD->BKsD", dscore_BKRs, q_BKRD)
+            dq_BKRD += product("BKRs,BKsD->BKRD", dscore_BKRs, k_MBKsD[m])
+            return dq_BKRD, dk_MBKsD.at[m].add(dk_BKsD), dv_MBKsD.at[m].add(dv_BKsD)
+
+        dq_BKRD, *sums = visible.loop(n, key_tile, (jnp.zeros(q_BKRD.shape, jnp.float32), *sums))
+        return sums, dq_BKRD
+
+    zeros_MBKsD = jnp.zeros(k_MBKsD.shape, jnp.float32)
+    (dk_MBKsD, dv_MBKsD), dq_NBKRD = jax.lax.scan(
+        query_tile, [zeros_MBKsD, zeros_MBKsD], jnp.arange(q_NBKRD.shape[0])
+    )
+    # q was scaled before the products: dk has the scale through q, dq gets it here.
+    grads = (
+        (_joined(dx, x.shape, tile) * factor).astype(x.dtype)
+        for dx, x, factor in (
+            (dq_NBKRD, q_BTHD, scale), (dk_MBKsD, k_BSKD, 1.0), (dv_MBKsD, v_BSKD, 1.0)
         )
     )  # fmt: skip
-    rows = functools.partial(_backward_row, tile=tile)
-    dq_BTHD, dk_BSKD, dv_BSKD = jax.lax.map(lambda row: rows(*row), padded)
-    grads = (dq_BTHD[:, :T], dk_BSKD[:, :S], dv_BSKD[:, :S])
-    grads = (g.astype(x.dtype) for g, x in zip(grads, (q_BTHD, k_BSKD, v_BSKD), strict=True))
     return (*grads, None, None, None, None)
 
 
 attention.defvjp(_forward, _backward)
 
 
-def _forward_row(q_THD, k_SKD, v_SKD, q_pos_T, q_seg_T, kv_pos_S, kv_seg_S, *, tile):
-    T, H, D = q_THD.shape
-    K = k_SKD.shape[1]
-    q_TKGD = _grouped(q_THD, K)
-    first_T, last_T = spans(q_pos_T, q_seg_T, kv_pos_S, kv_seg_S)
-    first_N, end_N = tile_ranges(first_T, last_T, tile, tile)
+class _Visible(NamedTuple):
+    """Which keys the queries of a tile see.
 
-    def query_tile(n):
-        q_tKGD, q_pos_t, q_seg_t = (_cut(x, n, tile) for x in (q_TKGD, q_pos_T, q_seg_T))
+    Attributes:
+        q_position_NBt, q_segment_NBt: of the tokens of each query tile.
+        kv_position_MBs, kv_segment_MBs: of the tokens of each key tile.
+        first_N, end_N: the key tiles that any row needs for a query tile.
+    """
 
-        def key_tile(m, carry):
-            max_KGt, mass_KGt, sum_KGtD = carry
-            k_sKD, v_sKD, pos_s, seg_s = (
-                _cut(x, m, tile) for x in (k_SKD, v_SKD, kv_pos_S, kv_seg_S)
-            )
-            visible_ts = _visible(q_pos_t, q_seg_t, pos_s, seg_s)
-            score_KGts = product("tKGD,sKD->KGts", q_tKGD, k_sKD)
-            score_KGts = jnp.where(visible_ts, score_KGts, MASKED)
-            new_max_KGt = jnp.maximum(max_KGt, score_KGts.max(axis=-1))
-            weight_KGts = jnp.where(visible_ts, jnp.exp(score_KGts - new_max_KGt[..., None]), 0.0)
-            shrink_KGt = jnp.exp(max_KGt - new_max_KGt)
-            update_KGtD = product("KGts,sKD->KGtD", weight_KGts.astype(v_sKD.dtype), v_sKD)
-            return (
-                new_max_KGt,
-                mass_KGt * shrink_KGt + weight_KGts.sum(axis=-1),
-                sum_KGtD * shrink_KGt[..., None] + update_KGtD,
-            )
+    q_position_NBt: jax.Array
+    q_segment_NBt: jax.Array
+    kv_position_MBs: jax.Array
+    kv_segment_MBs: jax.Array
+    first_N: jax.Array
+    end_N: jax.Array
 
-        zeros_KGt = jnp.zeros((K, H // K, tile), jnp.float32)
-        start = (zeros_KGt + MASKED, zeros_KGt, jnp.zeros((K, H // K, tile, D), jnp.float32))
-        max_KGt, mass_KGt, sum_KGtD = jax.lax.fori_loop(first_N[n], end_N[n], key_tile, start)
-        real_t = q_seg_t != 0
-        mass_KGt = jnp.where(real_t, mass_KGt, 1.0)
-        lse_KGt = jnp.where(real_t, max_KGt + jnp.log(mass_KGt), 0.0)
-        out_KGtD = sum_KGtD / mass_KGt[..., None]
-        return out_KGtD.astype(q_THD.dtype), lse_KGt
-
-    out_NKGtD, lse_NKGt = jax.lax.map(query_tile, jnp.arange(T // tile))
-    out_THD = out_NKGtD.transpose(0, 3, 1, 2, 4).reshape(T, H, D)
-    return out_THD, lse_NKGt.transpose(1, 2, 0, 3).reshape(H, T)
-
-
-def _backward_row(
-    q_THD, k_SKD, v_SKD, q_pos_T, q_seg_T, kv_pos_S, kv_seg_S, dout_THD, lse_TH, delta_TH, *, tile
-):
-    T, H, D = q_THD.shape
-    K = k_SKD.shape[1]
-    scale = D**-0.5
-    q_TKGD, dout_TKGD = _grouped(q_THD, K), dout_THD.reshape(T, K, H // K, D)
-    lse_TKG, delta_TKG = (x.reshape(T, K, H // K) for x in (lse_TH, delta_TH))
-    first_T, last_T = spans(q_pos_T, q_seg_T, kv_pos_S, kv_seg_S)
-    first_N, end_N = tile_ranges(first_T, last_T, tile, tile)
-
-    def query_tile(sums, n):
-        q_tKGD, dout_tKGD, lse_tKG, delta_tKG, q_pos_t, q_seg_t = (
-            _cut(x, n, tile) for x in (q_TKGD, dout_TKGD, lse_TKG, delta_TKG, q_pos_T, q_seg_T)
+    def where(self, n, m, score_BKRs, otherwise) -> jax.Array:
+        """Scores of query tile `n` and key tile `m`, `otherwise` where a query sees no key."""
+        segment_Bt1, position_Bt1 = (
+            self.q_segment_NBt[n][..., None],
+            self.q_position_NBt[n][..., None],
         )
-        lse_KGt1, delta_KGt1 = (x.transpose(1, 2, 0)[..., None] for x in (lse_tKG, delta_tKG))
+        same_Bts = (segment_Bt1 == self.kv_segment_MBs[m][:, None]) & (segment_Bt1 != 0)
+        seen_Bts = same_Bts & (position_Bt1 >= self.kv_position_MBs[m][:, None])
+        score_BKGts = score_BKRs.reshape(*score_BKRs.shape[:2], -1, *seen_Bts.shape[1:])
+        return jnp.where(seen_Bts[:, None, None], score_BKGts, otherwise).reshape(score_BKRs.shape)
 
-        def key_tile(m, carry):
-            dq_tKGD, dk_SKD, dv_SKD = carry
-            k_sKD, v_sKD, pos_s, seg_s = (
-                _cut(x, m, tile) for x in (k_SKD, v_SKD, kv_pos_S, kv_seg_S)
-            )
-            visible_ts = _visible(q_pos_t, q_seg_t, pos_s, seg_s)
-            score_KGts = product("tKGD,sKD->KGts", q_tKGD, k_sKD)
-            weight_KGts = jnp.where(visible_ts, jnp.exp(score_KGts - lse_KGt1), 0.0)
-            dweight_KGts = product("tKGD,sKD->KGts", dout_tKGD, v_sKD)
-            dscore_KGts = (weight_KGts * (dweight_KGts - delta_KGt1)).astype(k_sKD.dtype)
-            weight_KGts = weight_KGts.astype(dout_tKGD.dtype)
-            dv_sKD = product("KGts,tKGD->sKD", weight_KGts, dout_tKGD)
-            dk_sKD = product("KGts,tKGD->sKD", dscore_KGts, q_tKGD)
-            dq_tKGD += product("KGts,sKD->tKGD", dscore_KGts, k_sKD)
-            return dq_tKGD, _add(dk_SKD, dk_sKD, m, tile), _add(dv_SKD, dv_sKD, m, tile)
-
-        zeros_tKGD = jnp.zeros(q_tKGD.shape, jnp.float32)
-        dq_tKGD, *sums = jax.lax.fori_loop(first_N[n], end_N[n], key_tile, (zeros_tKGD, *sums))
-        return sums, dq_tKGD
-
-    zeros_SKD = jnp.zeros(k_SKD.shape, jnp.float32)
-    sums, dq_NtKGD = jax.lax.scan(query_tile, [zeros_SKD, zeros_SKD], jnp.arange(T // tile))
-    # q was scaled before the products: dk has the scale through q, dq gets it here.
-    return dq_NtKGD.reshape(T, H, D) * scale, *sums
+    def loop(self, n, key_tile, start):
+        """`start` taken through `key_tile` of every key tile that query tile `n` needs."""
+        return jax.lax.fori_loop(self.first_N[n], self.end_N[n], key_tile, start)
 
 
-def _grouped(q_THD, K):
-    """[T, K, G, D] queries, scaled."""
-    T, H, D = q_THD.shape
-    return q_THD.reshape(T, K, H // K, D) * jnp.asarray(D**-0.5, q_THD.dtype)
+def _tile(tokens: int) -> int:
+    return LONG_TILE if tokens > LONG_TOKENS else min(TILE, tokens)
 
 
-def _visible(q_position_t, q_segment_t, position_s, segment_s):
-    same_ts = (q_segment_t[:, None] == segment_s[None]) & (q_segment_t != 0)[:, None]
-    return same_ts & (q_position_t[:, None] >= position_s[None])
+def _visible(ids_BT, tile) -> _Visible:
+    ids_BT = [_pad(x, tile) for x in ids_BT]
+    ranges = jax.vmap(functools.partial(tile_ranges, query_tile=tile, key_tile=tile))
+    first_BN, end_BN = ranges(*jax.vmap(spans)(*ids_BT))
+    some_BN = first_BN < end_BN  # a row whose tile is padding needs none, and widens no range
+    first_N = jnp.where(some_BN, first_BN, ids_BT[2].shape[1]).min(axis=0)
+    end_N = jnp.where(some_BN, end_BN, 0).max(axis=0)
+    cut = (x.reshape(len(x), -1, tile).swapaxes(0, 1) for x in ids_BT)
+    return _Visible(*cut, first_N, end_N)
 
 
 def _pad(x, tile):
@@ -196,9 +205,16 @@ def _pad(x, tile):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), *((0, 0),) * (x.ndim - 2)))
 
 
-def _cut(x, n, tile):
-    return jax.lax.dynamic_slice_in_dim(x, n * tile, tile)
+def _tiles(x_BTHD, K, tile):
+    """[N, B, K, R, D] tiles of x_BTHD, each as the factor of a batched product."""
+    B, _, H, D = x_BTHD.shape
+    x_BNtKGD = _pad(x_BTHD, tile).reshape(B, -1, tile, K, H // K, D)
+    return x_BNtKGD.transpose(1, 0, 3, 4, 2, 5).reshape(-1, B, K, H // K * tile, D)
 
 
-def _add(x, update, m, tile):
-    return jax.lax.dynamic_update_slice_in_dim(x, _cut(x, m, tile) + update, m * tile, 0)
+def _joined(x_NBKRD, shape, tile):
+    """Tiles as one array again: [B, T, H, D]."""
+    N, B, K, R, D = x_NBKRD.shape
+    x_NBKGtD = x_NBKRD.reshape(N, B, K, R // tile, tile, D)
+    x_BTHD = x_NBKGtD.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * tile, *shape[2:])
+    return x_BTHD[:, : shape[1]]

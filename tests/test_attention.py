@@ -185,8 +185,7 @@ def test_rows_in_another_order_are_put_back_for_the_keys():
         np.testing.assert_allclose(g, np.asarray(w)[:, place], atol=2e-6)
 
 
-def test_long_rows_take_the_implementation_that_holds_no_scores(monkeypatch):
-    monkeypatch.setattr(attention, "REFERENCE_TOKENS", 11)
+def test_a_cpu_takes_the_implementation_that_holds_no_scores():
     args = (*inputs(), IN_ORDER_POSITION, IN_ORDER)
     assert "custom_vjp_call" in str(jax.make_jaxpr(lambda *a: attention.attention(*a))(*args))
     by_name = attention.attention(*args, implementation="reference")
@@ -242,19 +241,18 @@ def test_cudnn_gets_the_heads_and_rows_of_each_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind, platform, tokens, best",
+    "kind, platform, kernel",
     [
-        ("TPU v5 lite", "tpu", 12, "tpu"),
-        ("TPU v6 lite", "tpu", 65_536, "tpu"),
-        ("TPU v3", "tpu", 65_536, "xla"),  # no tiles for it
-        ("NVIDIA H100 80GB HBM3", "gpu", 12, "gpu"),
-        ("cpu", "cpu", 2_048, "reference"),
-        ("cpu", "cpu", 2_049, "xla"),
-        ("", "", 65_536, "xla"),
+        ("TPU v5 lite", "tpu", "tpu"),
+        ("TPU v6 lite", "tpu", "tpu"),
+        ("TPU v3", "tpu", None),  # no tiles for it
+        ("NVIDIA H100 80GB HBM3", "gpu", "gpu"),
+        ("cpu", "cpu", None),
+        ("", "", None),
     ],
 )
-def test_auto_goes_by_the_devices_of_the_mesh(kind, platform, tokens, best):
-    assert attention._best(tokens, kind, platform) == best
+def test_kernels_go_by_the_devices_of_the_mesh(kind, platform, kernel):
+    assert attention._kernel(kind, platform) == kernel
 
 
 @pytest.mark.parametrize(

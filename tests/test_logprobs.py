@@ -125,11 +125,11 @@ def test_any_share_of_tokens_may_be_needed(share):
 
 
 def test_chunks_without_needed_tokens_are_skipped():
-    """Three needed tokens a row fill one chunk; NaN anywhere beyond it is never looked at."""
+    """Six needed tokens of two rows go into one chunk; NaN beyond it is never looked at."""
     x_BTE, *_, needed_BT, _ = args = inputs()
     needed_BT[:] = False
     needed_BT[0, [1, 17, 36]] = needed_BT[1, [0, 20, 30]] = True
-    early_BT = np.cumsum(~needed_BT, axis=1) <= 5  # these share the chunk of 8
+    early_BT = np.cumsum(~needed_BT).reshape(needed_BT.shape) <= 2  # these share the chunk of 8
     beyond_BT = ~(needed_BT | early_BT)
     x_BTE[beyond_BT] = np.nan
     got = run(chunked, *args)

@@ -11,8 +11,7 @@ Implementations of rows:
     tpu, gpu: the same as kernels, compiled for the chip of the mesh's devices.
     tpu_interpreted, gpu_interpreted: those kernels step by step on a CPU, to look into them.
     cudnn: cuDNN's kernel, for rows of one document each (`segment_BT` None).
-    auto: the kernels on a chip that has tiles; elsewhere the reference for rows of at most
-        `REFERENCE_TOKENS` tokens and `xla` for longer ones.
+    auto: the kernels on a chip that has tiles, elsewhere `xla`.
 Nothing else takes one implementation for another.
 """
 
@@ -42,7 +41,6 @@ from vibejax.sharding import constrain, context_chunk, spec, ways
 Implementation = Literal[
     "auto", "reference", "xla", "tpu", "gpu", "tpu_interpreted", "gpu_interpreted", "cudnn"
 ]
-REFERENCE_TOKENS = 2_048  # scores of 16 heads in float32: 256 MiB a row
 INTERPRETED_CHIP = "v5e"  # whose tiles are taken where there is no chip
 POOL = spec("batch", "kv_heads", None, None)  # of a device's pages, and of these its heads
 
@@ -81,7 +79,7 @@ def attention(
     _check_heads(q_BTHD.shape[2], k_BTKD.shape[2], k_BTKD.shape, v_BTKD.shape)
     kind, platform = _device()
     if implementation == "auto":
-        implementation = _best(q_BTHD.shape[1], kind, platform)
+        implementation = _kernel(kind, platform) or "xla"
     if implementation == "cudnn":
         return _cudnn(q_BTHD, k_BTKD, v_BTKD, segment_BT, place_BT, platform)
     if segment_BT is None:
@@ -129,11 +127,6 @@ def _device() -> tuple[str, str]:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device.device_kind, device.platform) if device else ("", "")
-
-
-def _best(tokens: int, kind: str, platform: str) -> Implementation:
-    small = "reference" if tokens <= REFERENCE_TOKENS else "xla"
-    return _kernel(kind, platform) or small
 
 
 def _kernel(kind: str, platform: str) -> Literal["tpu", "gpu"] | None:
@@ -206,7 +199,7 @@ def paged_attention(
         shared_G: [B / group] int32, how many of their first pages all live sequences of a group
             have in common: these are read once a group. None: each sequence reads its own.
         group: sequences of a group, adjacent ones.
-        implementation: as for rows; `auto` takes `xla` where there is no kernel.
+        implementation: as for rows.
 
     Returns:
         [B, T, H, D] of q's dtype; zeros for idle slots and for queries before the first token.

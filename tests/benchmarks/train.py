@@ -81,13 +81,12 @@ def ours(case: str) -> None:
         )
         state = [train.init_state(create(jax.random.key(0)), adamw)]
 
-        def run(count: int | None = None) -> None:
-            chosen = documents[:count]
-            sums, _ = train.sum_documents(step, state[0].params, chosen, rows, mesh)
+        def run() -> None:
+            sums, _ = train.sum_documents(step, state[0].params, documents, rows, mesh)
             state[0], _ = step.apply(state[0], sums)
             jax.block_until_ready(state[0])
 
-        took = harness.seconds(run, warm_up=lambda: run(1))
+        took = harness.seconds(run)
     harness.report(tokens_per_s=sum(map(len, sequences(case))) / took)
 
 
@@ -127,8 +126,8 @@ def peer(case: str) -> None:
     ) | torch.nn.functional.pad(mask > 0, (PROMPT_TOKENS, 0))
     advantage = torch.from_numpy(advantages(case))[:, None]
 
-    def run(count: int = len(tokens)) -> None:
-        for i in range(0, count, PEER_MICROBATCH):
+    def run() -> None:
+        for i in range(0, len(tokens), PEER_MICROBATCH):
             part = slice(i, i + PEER_MICROBATCH)
             logits = model(
                 tokens[part], attention_mask=attention_mask[part].long(),
@@ -145,7 +144,7 @@ def peer(case: str) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    took = harness.seconds(run, warm_up=lambda: run(PEER_MICROBATCH))
+    took = harness.seconds(run)
     harness.report(tokens_per_s=sum(map(len, sequences(case))) / took)
 
 

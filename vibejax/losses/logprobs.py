@@ -7,7 +7,8 @@ behind the training loss, the reference policy and scoring, so that all agree to
 Under a mesh each device works on its own rows, its own part of the row (`context`) and its own
 part of the vocabulary (`tensor`); the head's gradient is summed over devices once, at the end.
 
-Shape suffixes: B rows, T tokens, C tokens of a chunk, E model width, V vocabulary rows.
+Shape suffixes: B rows, T tokens, N = B * T tokens of a device, C tokens of a chunk, E model width,
+V vocabulary rows.
 """
 
 import functools
@@ -21,6 +22,8 @@ from vibejax.sharding import mesh_axes, spec
 
 MASKED = -1e30
 CHUNK_TOKENS = 1_024  # logits of a chunk at V = 151,936: 594 MiB in float32
+CHUNKS = 8  # of fewer tokens, so that those of which no value is needed can be skipped
+LEAST_CHUNK_TOKENS = 256  # each chunk reads and writes the head's whole gradient
 _EXACT = jax.lax.Precision.HIGHEST  # for float32 operands; bfloat16 ones are exact as they are
 
 
@@ -57,8 +60,8 @@ def token_logprobs(
     """The log-probability and the entropy of the distribution of each target.
 
     The logits are products of x's dtype accumulated in float32; softmax statistics are float32.
-    Tokens of which no value is needed are moved to the end of their row, and chunks that hold
-    nothing else are skipped.
+    Tokens of which no value is needed are moved behind those of a device's other rows, and chunks
+    that hold nothing else are skipped.
 
     Args:
         x_BTE: [B, T, E] outputs of the model.
@@ -67,7 +70,7 @@ def token_logprobs(
         needed_BT: [B, T] bool, where a value is wanted.
         vocab: ids below it exist; the rows above are padding and have probability 0.
         temperature: divides the logits, as the sampler divides them.
-        chunk_tokens: tokens per device whose logits exist at one time.
+        chunk_tokens: tokens per device whose logits exist at one time, at most.
     """
     settings = _Settings(vocab, temperature, chunk_tokens)
     logprob_BT, entropy_BT = _logprobs(settings, x_BTE, head_VE, target_BT, needed_BT)
@@ -120,29 +123,29 @@ def _on_mesh(function, in_specs, out_specs):
 def _local_forward(settings, sharded, x_BTE, head_VE, target_BT, needed_BT):
     first_id = _first_id(sharded, head_VE)
 
-    def chunk(x_BCE, target_BC):
-        logit_BCV, is_target_BCV = _logits(settings, x_BCE, head_VE, target_BC, first_id)
-        largest_BC = _reduce(jax.lax.pmax, sharded, jnp.max(logit_BCV, axis=-1))
+    def chunk(x_CE, target_C):
+        logit_CV, is_target_CV = _logits(settings, x_CE, head_VE, target_C, first_id)
+        largest_C = _reduce(jax.lax.pmax, sharded, jnp.max(logit_CV, axis=-1))
         # Sums of differences from the largest: those of the logits would cancel when subtracted.
-        logit_BCV -= largest_BC[..., None]
-        exp_BCV = jnp.exp(logit_BCV)
+        logit_CV -= largest_C[:, None]
+        exp_CV = jnp.exp(logit_CV)
         sums = (
-            jnp.sum(exp_BCV, axis=-1),
-            jnp.sum(exp_BCV * logit_BCV, axis=-1),
-            jnp.sum(jnp.where(is_target_BCV, logit_BCV, 0.0), axis=-1),
+            jnp.sum(exp_CV, axis=-1),
+            jnp.sum(exp_CV * logit_CV, axis=-1),
+            jnp.sum(jnp.where(is_target_CV, logit_CV, 0.0), axis=-1),
         )
-        mass_BC, weighted_BC, target_logit_BC = _reduce(jax.lax.psum, sharded, sums)
-        log_mass_BC = jnp.log(mass_BC)
-        entropy_BC = log_mass_BC - weighted_BC / mass_BC
-        return target_logit_BC - log_mass_BC, entropy_BC, largest_BC + log_mass_BC
+        mass_C, weighted_C, target_logit_C = _reduce(jax.lax.psum, sharded, sums)
+        log_mass_C = jnp.log(mass_C)
+        entropy_C = log_mass_C - weighted_C / mass_C
+        return target_logit_C - log_mass_C, entropy_C, largest_C + log_mass_C
 
     split, join = _chunks(settings, needed_BT)
 
     def step(_, parts):
-        needed_BC, x_BCE, target_BC = parts
-        zeros = (jnp.zeros(target_BC.shape, jnp.float32),) * 3
-        some = _anywhere(sharded, needed_BC)
-        return None, jax.lax.cond(some, chunk, lambda *_: zeros, x_BCE, target_BC)
+        needed_C, x_CE, target_C = parts
+        zeros = (jnp.zeros(target_C.shape, jnp.float32),) * 3
+        some = _anywhere(sharded, needed_C)
+        return None, jax.lax.cond(some, chunk, lambda *_: zeros, x_CE, target_C)
 
     parts = (split(needed_BT), split(x_BTE), split(target_BT))
     _, outputs = jax.lax.scan(step, None, parts)
@@ -153,29 +156,30 @@ def _local_backward(settings, sharded, x_BTE, head_VE, target_BT, needed_BT, lse
     first_id = _first_id(sharded, head_VE)
     split, join = _chunks(settings, needed_BT)
 
-    def chunk(dhead_VE, x_BCE, target_BC, lse_BC, dlogprob_BC):
-        logit_BCV, is_target_BCV = _logits(settings, x_BCE, head_VE, target_BC, first_id)
+    def chunk(dhead_EV, x_CE, target_C, lse_C, dlogprob_C):
+        logit_CV, is_target_CV = _logits(settings, x_CE, head_VE, target_C, first_id)
         # log p <= 0; the bound keeps exp finite at tokens whose lse was not computed
-        p_BCV = jnp.exp(jnp.minimum(logit_BCV - lse_BC[..., None], 0.0))
-        dlogit_BCV = (is_target_BCV - p_BCV) * (dlogprob_BC / settings.temperature)[..., None]
-        dlogit_BCV = dlogit_BCV.astype(x_BCE.dtype)
-        dx_BCE = jnp.einsum("BCV,VE->BCE", dlogit_BCV, head_VE, precision=_EXACT)
-        dhead_VE += jnp.einsum(
-            "BCV,BCE->VE", dlogit_BCV, x_BCE, precision=_EXACT, preferred_element_type=jnp.float32
+        p_CV = jnp.exp(jnp.minimum(logit_CV - lse_C[:, None], 0.0))
+        dlogit_CV = (is_target_CV - p_CV) * (dlogprob_C / settings.temperature)[:, None]
+        dlogit_CV = dlogit_CV.astype(x_CE.dtype)
+        dx_CE = jnp.einsum("CV,VE->CE", dlogit_CV, head_VE, precision=_EXACT)
+        # This way round XLA for CPUs transposes x, the smaller factor, and not the logits.
+        dhead_EV += jnp.einsum(
+            "CE,CV->EV", x_CE, dlogit_CV, precision=_EXACT, preferred_element_type=jnp.float32
         )
-        return dhead_VE, dx_BCE
+        return dhead_EV, dx_CE
 
-    def skip(dhead_VE, x_BCE, target_BC, lse_BC, dlogprob_BC):
-        return dhead_VE, jnp.zeros_like(x_BCE)
+    def skip(dhead_EV, x_CE, target_C, lse_C, dlogprob_C):
+        return dhead_EV, jnp.zeros_like(x_CE)
 
-    def step(dhead_VE, parts):
-        needed_BC, *arrays = parts
-        return jax.lax.cond(_anywhere(sharded, needed_BC), chunk, skip, dhead_VE, *arrays)
+    def step(dhead_EV, parts):
+        needed_C, *arrays = parts
+        return jax.lax.cond(_anywhere(sharded, needed_C), chunk, skip, dhead_EV, *arrays)
 
     dlogprob_BT = jnp.where(needed_BT, dlogprob_BT, 0.0)
     parts = tuple(split(y) for y in (needed_BT, x_BTE, target_BT, lse_BT, dlogprob_BT))
-    dhead_VE, dx = jax.lax.scan(step, jnp.zeros(head_VE.shape, jnp.float32), parts)
-    dx_BTE = join(dx)
+    dhead_EV, dx = jax.lax.scan(step, jnp.zeros(head_VE.shape[::-1], jnp.float32), parts)
+    dx_BTE, dhead_VE = join(dx), dhead_EV.T
     if sharded:
         dx_BTE = jax.lax.psum(dx_BTE.astype(jnp.float32), mesh_axes("vocab")).astype(x_BTE.dtype)
         scattered = mesh_axes("embed")
@@ -185,34 +189,32 @@ def _local_backward(settings, sharded, x_BTE, head_VE, target_BT, needed_BT, lse
     return dx_BTE, dhead_VE
 
 
-def _logits(settings, x_BCE, head_VE, target_BC, first_id):
+def _logits(settings, x_CE, head_VE, target_C, first_id):
     """Float32 logits of this device's vocabulary, and which of them is each token's target."""
-    logit_BCV = jnp.einsum(
-        "BCE,VE->BCV", x_BCE, head_VE, precision=_EXACT, preferred_element_type=jnp.float32
+    logit_CV = jnp.einsum(
+        "CE,VE->CV", x_CE, head_VE, precision=_EXACT, preferred_element_type=jnp.float32
     )
     id_V = first_id + jnp.arange(head_VE.shape[0])
-    logit_BCV = jnp.where((id_V < settings.vocab)[None, None], logit_BCV, MASKED)
-    return logit_BCV / settings.temperature, id_V[None, None] == target_BC[..., None]
+    logit_CV = jnp.where((id_V < settings.vocab)[None], logit_CV, MASKED)
+    return logit_CV / settings.temperature, id_V[None] == target_C[:, None]
 
 
 def _chunks(settings, needed_BT):
     """How a [B, T, ...] array is cut into chunks, those with needed tokens first, and joined."""
-    B, T = needed_BT.shape
-    size = min(T, max(1, settings.chunk_tokens // B))
-    count = math.ceil(T / size)
-    order_BT = jnp.argsort(~needed_BT, axis=1, stable=True)
-    back_BT = jnp.argsort(order_BT, axis=1)
-
-    def take(y, index_BT):
-        return jnp.take_along_axis(y, index_BT.reshape(B, -1, *(1,) * (y.ndim - 2)), axis=1)
+    N = needed_BT.size
+    size = min(N, settings.chunk_tokens, max(LEAST_CHUNK_TOKENS, math.ceil(N / CHUNKS)))
+    count = math.ceil(N / size)
+    order_N = jnp.argsort(~needed_BT.reshape(N), stable=True)
+    back_N = jnp.argsort(order_N)
 
     def split(y):
-        y = take(y, order_BT)
-        y = jnp.pad(y, ((0, 0), (0, count * size - T), *((0, 0),) * (y.ndim - 2)))
-        return y.reshape(B, count, size, *y.shape[2:]).swapaxes(0, 1)
+        y = jnp.take(y.reshape(N, *y.shape[2:]), order_N, axis=0)
+        y = jnp.pad(y, ((0, count * size - N), *((0, 0),) * (y.ndim - 1)))
+        return y.reshape(count, size, *y.shape[1:])
 
     def join(y):
-        return take(y.swapaxes(0, 1).reshape(B, count * size, *y.shape[3:]), back_BT)
+        y = jnp.take(y.reshape(-1, *y.shape[2:]), back_N, axis=0)
+        return y.reshape(*needed_BT.shape, *y.shape[1:])
 
     return split, join
 
@@ -229,9 +231,9 @@ def _reduce(collective, sharded: bool, values):
     return collective(values, mesh_axes("vocab")) if sharded else values
 
 
-def _anywhere(sharded: bool, needed_BC: jax.Array) -> jax.Array:
+def _anywhere(sharded: bool, needed_C: jax.Array) -> jax.Array:
     """Whether any device needs a token of its chunk: all must take the same branch."""
-    some = jnp.any(needed_BC)
+    some = jnp.any(needed_C)
     if sharded:
         axes = (*mesh_axes("batch"), *mesh_axes("length"), *mesh_axes("vocab"))
         some = jax.lax.pmax(some.astype(jnp.int32), axes) > 0
