@@ -12,6 +12,7 @@ order of operations, which the parity test pins.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -195,7 +196,7 @@ def hidden_states(
         segment_BT: [B, T] int32 document number within the row; 0 is padding.
         config: static.
         dtype: of the computation; norms, RoPE and softmax are float32 in any case.
-        remat: what the backward pass keeps of a layer: `none` recomputes nothing, `attention`
+        remat: what the backward pass keeps of a layer: `none` all but elementwise work, `attention`
             keeps the attention output, `offload` the layer inputs in host memory, `full` the
             layer inputs on the device.
         implementation: of attention; see `vibejax.attention`.
@@ -290,11 +291,22 @@ def _qkv(x_BTE, p, cos_BTD, sin_BTD, config, how):
 @jax.named_scope("mlp")
 def _mlp(x_BTE, p, config, how):
     h_BTE = how.norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
-    gate_BTF = jax.nn.silu(how.project("BTE,EF->BTF", h_BTE, p["gate"]))
+    gate_BTF = how.project("BTE,EF->BTF", h_BTE, p["gate"])
     up_BTF = how.project("BTE,EF->BTF", h_BTE, p["up"])
-    return x_BTE + how.project("BTF,FE->BTE", gate_BTF * up_BTF, p["down"])
+    return x_BTE + how.project("BTF,FE->BTE", _gated(gate_BTF, up_BTF), p["down"])
 
 
+# What only passes over its arguments is computed again by the backward pass, whatever `remat` says:
+# to keep its intermediate values for all layers takes longer, and a sixth more memory.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_again
+def _gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
+@functools.partial(_again, static_argnums=2)
 def _rms_norm(x_BTE: jax.Array, scale_E: jax.Array, epsilon: float) -> jax.Array:
     sum_BT1 = jnp.sum(x_BTE.astype(jnp.float32) ** 2, axis=-1, keepdims=True)
     return _normed(x_BTE, sum_BT1, scale_E, epsilon)
