@@ -4,8 +4,8 @@ SmolLM2-135M's shape with random weights, float32, AdamW; 16 chats of 64 prompt 
 completions of median 96, at most 448, in random order, a loss on completions only. Ours packs them
 into rows of 512; the peer pads each micro-batch of 8 to its longest, as TRL does by default, and
 computes the loss that its model computes from `labels`. Useful tokens are prompt and completion
-tokens without padding. The second of two steps
-is timed. The target is twice the peer's. Needs the extra `parity`.
+tokens without padding. The second of two steps is timed. The target is twice the peer's. Needs the
+extra `parity`.
 """
 
 import sys

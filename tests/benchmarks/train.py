@@ -4,7 +4,7 @@ SmolLM2-135M's shape with random weights, float32, AdamW. `uniform`: 32 sequence
 64 of them prompt. `ragged`: 64 sequences of 64 prompt tokens and lognormal completions of median
 48, at most 384. Both sides compute log-probabilities of completions only, in micro-batches; the
 peer pads to the longest sequence of its batch, as TRL does. Useful tokens are prompt and
-completion tokens without padding. Needs the extra `parity`.
+completion tokens without padding. The second of two steps is timed. Needs the extra `parity`.
 """
 
 import os
@@ -51,7 +51,7 @@ def ours(case: str) -> None:
     rows = (
         TrainConfig(row_tokens=256, microbatch_rows=8)
         if case == "uniform"
-        else TrainConfig(row_tokens=448, microbatch_rows=5)
+        else TrainConfig(row_tokens=448, microbatch_rows=10)
     )
     config = RlConfig(
         policy="", prompts="", train=rows,
