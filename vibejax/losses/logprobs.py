@@ -156,30 +156,29 @@ def _local_backward(settings, sharded, x_BTE, head_VE, target_BT, needed_BT, lse
     first_id = _first_id(sharded, head_VE)
     split, join = _chunks(settings, needed_BT)
 
-    def chunk(dhead_EV, x_CE, target_C, lse_C, dlogprob_C):
+    def chunk(dhead_VE, x_CE, target_C, lse_C, dlogprob_C):
         logit_CV, is_target_CV = _logits(settings, x_CE, head_VE, target_C, first_id)
         # log p <= 0; the bound keeps exp finite at tokens whose lse was not computed
         p_CV = jnp.exp(jnp.minimum(logit_CV - lse_C[:, None], 0.0))
         dlogit_CV = (is_target_CV - p_CV) * (dlogprob_C / settings.temperature)[:, None]
         dlogit_CV = dlogit_CV.astype(x_CE.dtype)
         dx_CE = jnp.einsum("CV,VE->CE", dlogit_CV, head_VE, precision=_EXACT)
-        # This way round XLA for CPUs transposes x, the smaller factor, and not the logits.
-        dhead_EV += jnp.einsum(
-            "CE,CV->EV", x_CE, dlogit_CV, precision=_EXACT, preferred_element_type=jnp.float32
+        dhead_VE += jnp.einsum(
+            "CV,CE->VE", dlogit_CV, x_CE, precision=_EXACT, preferred_element_type=jnp.float32
         )
-        return dhead_EV, dx_CE
+        return dhead_VE, dx_CE
 
-    def skip(dhead_EV, x_CE, target_C, lse_C, dlogprob_C):
-        return dhead_EV, jnp.zeros_like(x_CE)
+    def skip(dhead_VE, x_CE, target_C, lse_C, dlogprob_C):
+        return dhead_VE, jnp.zeros_like(x_CE)
 
-    def step(dhead_EV, parts):
+    def step(dhead_VE, parts):
         needed_C, *arrays = parts
-        return jax.lax.cond(_anywhere(sharded, needed_C), chunk, skip, dhead_EV, *arrays)
+        return jax.lax.cond(_anywhere(sharded, needed_C), chunk, skip, dhead_VE, *arrays)
 
     dlogprob_BT = jnp.where(needed_BT, dlogprob_BT, 0.0)
     parts = tuple(split(y) for y in (needed_BT, x_BTE, target_BT, lse_BT, dlogprob_BT))
-    dhead_EV, dx = jax.lax.scan(step, jnp.zeros(head_VE.shape[::-1], jnp.float32), parts)
-    dx_BTE, dhead_VE = join(dx), dhead_EV.T
+    dhead_VE, dx = jax.lax.scan(step, jnp.zeros(head_VE.shape, jnp.float32), parts)
+    dx_BTE = join(dx)
     if sharded:
         dx_BTE = jax.lax.psum(dx_BTE.astype(jnp.float32), mesh_axes("vocab")).astype(x_BTE.dtype)
         scattered = mesh_axes("embed")
