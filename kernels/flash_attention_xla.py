@@ -171,12 +171,9 @@ class _Visible(NamedTuple):
 
     def where(self, n, m, score_BKRs, otherwise) -> jax.Array:
         """Scores of query tile `n` and key tile `m`, `otherwise` where a query sees no key."""
-        segment_Bt1, position_Bt1 = (
-            self.q_segment_NBt[n][..., None],
-            self.q_position_NBt[n][..., None],
-        )
-        same_Bts = (segment_Bt1 == self.kv_segment_MBs[m][:, None]) & (segment_Bt1 != 0)
-        seen_Bts = same_Bts & (position_Bt1 >= self.kv_position_MBs[m][:, None])
+        segment_Bt1, segment_B1s = self.q_segment_NBt[n][..., None], self.kv_segment_MBs[m][:, None]
+        before_Bts = self.q_position_NBt[n][..., None] >= self.kv_position_MBs[m][:, None]
+        seen_Bts = (segment_Bt1 == segment_B1s) & (segment_Bt1 != 0) & before_Bts
         score_BKGts = score_BKRs.reshape(*score_BKRs.shape[:2], -1, *seen_Bts.shape[1:])
         return jnp.where(seen_Bts[:, None, None], score_BKGts, otherwise).reshape(score_BKRs.shape)
 
