@@ -11,7 +11,7 @@ from vibejax import sharding
 from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
 
 VOCAB = 50  # of 64 rows: 14 are padding
-CHUNK = 16  # of 2 x 37 tokens: chunks of 8, the last of them not full
+CHUNK = 16  # of 2 x 37 tokens: the last chunk is not full
 TEMPERATURE = 0.7
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is what these tests spend time on
 
