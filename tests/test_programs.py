@@ -55,6 +55,20 @@ def test_programs_of_a_cpu_are_not(settings):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.parametrize("named", [{}, {name: "0.5" for name in programs.GPU_MEMORY[1:]},
+                                   {name: "0.5" for name in programs.GPU_MEMORY[:1]}])  # fmt: skip
+def test_a_gpu_is_taken_whole_unless_its_user_says_how_much(settings, monkeypatch, named):
+    for name in programs.GPU_MEMORY:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, share in named.items():
+        monkeypatch.setenv(name, share)
+    settings("cpu")
+    programs.prepare()
+    found = {name: os.environ[name] for name in programs.GPU_MEMORY if name in os.environ}
+    assert found == (named or {programs.GPU_MEMORY[0]: "0.95"})
+
+
 def test_a_cache_that_the_user_has_stays(settings):
     settings("tpu")
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")

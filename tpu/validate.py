@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from vibejax import sharding
+from vibejax import programs, sharding
 from vibejax.kernels import tiles
 from vibejax.validation import checks, kernel_checks, machine, program_runs, speeds, tile_sweep
 from vibejax.validation.checks import Found, Row
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             if not path.absolute().parent.is_dir() or path.is_dir():
                 raise ValueError(f"{path}: is no file in a folder that there is")
         tiles.overrides()
+        programs.take_gpu_memory()
         if args.interpret:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", INTERPRETED_DEVICES)

@@ -27,7 +27,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from vibejax import clr_questions, clr_results, config_file, meshes, policy, run_folder
+from vibejax import (
+    clr_questions,
+    clr_results,
+    config_file,
+    meshes,
+    policy,
+    programs,
+    run_folder,
+)
 from vibejax.clr_questions import Questions
 from vibejax.clr_results import Examined
 from vibejax.config.clr import ClrConfig, ReplyConfig
@@ -80,6 +88,7 @@ def run(config: ClrConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
     run_folder.check_run(config, CHANGEABLE)
+    programs.prepare()
     task = read_task(config)
     mesh = meshes.make(config.mesh, [task.policy.model])
     folder = run_folder.open_run(config, "clr", CHANGEABLE)

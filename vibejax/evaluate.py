@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vibejax import meshes, policy, run_folder, scoring, votes
+from vibejax import meshes, policy, programs, run_folder, scoring, votes
 from vibejax.checkpoint_reader import checksums
 from vibejax.config.evaluate import EvaluateConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -99,6 +99,7 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used; nothing was sampled then.
     """
     run_folder.check_run(config)
+    programs.prepare()
     opened = policy.open_policy(config.policy, config.rollout)
     prompts = {
         name: policy.read_prompts(opened, given.path, config.rollout)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from vibejax import buckets, data, qwen2, sampler_copy, tokenizer, weights
+from vibejax import buckets, data, programs, qwen2, sampler_copy, tokenizer, weights
 from vibejax.checkpoint_reader import checksums
 from vibejax.completions import Completion, EngineConfig, Request
 from vibejax.config_file import InputError, errors_in_one_line
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         if not holds:
             value = getattr(args, name.replace("-", "_"))
             raise InputError(f"--{name} {value}: must be {rule}")
+    programs.prepare()
     path = weights.locate(args.model)
     model = weights.load_config(path)
     tokens = tokenizer.load(path)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vibejax import qwen2, sampler_copy, tokenizer, weights
+from vibejax import programs, qwen2, sampler_copy, tokenizer, weights
 from vibejax.completions import EngineConfig, Request
 from vibejax.config_file import errors_in_one_line
 from vibejax.decode import Sampling
@@ -86,6 +86,7 @@ def judge(
 
 def _answers(path, config, tokens, requests):
     """(index of the item, text of the judgement), as they come."""
+    programs.prepare()
     dtype = jnp.dtype(qwen2.default_dtype())
     devices = jax.local_devices()
     mesh = engine_mesh(config, 1, devices)

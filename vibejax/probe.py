@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vibejax import buckets, meshes, policy, report, rollout, run_folder, scoring
+from vibejax import buckets, meshes, policy, programs, report, rollout, run_folder, scoring
 from vibejax.checkpoint_reader import checksums
 from vibejax.config.probe import ProbeConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -93,6 +93,7 @@ def run(config: ProbeConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     """
     config = _expanded(config)
     run_folder.check_run(config, CHANGEABLE)
+    programs.prepare()
     subjects = [read_subject(config, name) for name in config.checkpoints]
     mesh = meshes.make(config.mesh, [subject.policy.model for subject in subjects])
     folder = run_folder.open_run(config, "probe", CHANGEABLE)

@@ -17,14 +17,28 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 # Else processes that compile wait for what the first has tried, which compiles nothing that it
 # finds on its disk.
 EACH_TUNES = "--xla_gpu_shard_autotuning=false"
+GPU_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX's; the old name
+GPU_MEMORY_SHARE = 0.95  # the rest is the driver's, and the libraries' of products and exchanges
 LOOK_S = 0.5  # between two looks at whether the run is to end
 SAY_S = 5.0  # at least, between two lines about what is compiled
 
 Lowering = Callable[[], jax.stages.Lowered]
 
 
-def prepare(*, deterministic: bool) -> None:
+def take_gpu_memory() -> None:
+    """Lets JAX take `GPU_MEMORY_SHARE` of each GPU, where its own settings name no share.
+
+    Its default is three quarters; what is left out is no room for pages. To be called before
+    anything asks for devices; of no effect on CPUs and TPUs.
+    """
+    if not any(name in os.environ for name in GPU_MEMORY):
+        os.environ[GPU_MEMORY[0]] = str(GPU_MEMORY_SHARE)
+
+
+def prepare(*, deterministic: bool = False) -> None:
     """Keeps compiled programs on disk, so that a run that is started again finds them there.
+
+    On GPUs it also takes their memory (`take_gpu_memory`).
 
     Where, JAX's own settings say, else it is ~/.cache/vibejax/compiled. Those of a CPU are only
     kept where JAX is told so: they take seconds, and are for one kind of processor. Of several
@@ -39,6 +53,7 @@ def prepare(*, deterministic: bool) -> None:
         RunError: programs have been compiled before, otherwise; or the file of VIBEJAX_TILES
             cannot be used.
     """
+    take_gpu_memory()
     try:
         tiles.overrides()
     except ValueError as error:

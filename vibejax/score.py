@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vibejax import buckets, data, qwen2, sharding, tokenizer, train, weights
+from vibejax import buckets, data, programs, qwen2, sharding, tokenizer, train, weights
 from vibejax.config.training import TrainConfig
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.locations import resolve
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: the model or a record cannot be used.
     """
+    programs.prepare()
     path = weights.locate(args.model)
     model = weights.load_config(path)
     tokens = tokenizer.load(path)

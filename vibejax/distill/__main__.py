@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vibejax import buckets, data, meshes, policy, report, run_folder
+from vibejax import buckets, data, meshes, policy, programs, report, run_folder
 from vibejax.config.distill import DistillConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.distill import summary
@@ -51,6 +51,7 @@ def run(config: DistillConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         InputError: something the user gave cannot be used, or a domain ends without a trace.
     """
     run_folder.check_run(config, CHANGEABLE)
+    programs.prepare()
     setup = set_up(config)
     folder = run_folder.open_run(config, "distill", CHANGEABLE)
     with run_folder.kept(config, folder):

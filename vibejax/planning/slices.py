@@ -17,9 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vibejax import programs
 from vibejax.config_file import InputError
 
 GIB = 2**30
+
+# Of 80 GB: what CUDA has on an H100, and of that what a run takes.
+_GPU_BYTES = int(programs.GPU_MEMORY_SHARE * 79.18 * GIB)
 
 
 class SliceError(InputError):
@@ -62,9 +66,9 @@ CHIPS = {
                 link=100e9, network=12.5e9, clock=1.75e9),
     "tpu7x": Chip(platform="tpu", flops=1153.5e12, bandwidth=3690e9,
                   memory_bytes=int(94.75 * GIB), link=50e9, network=6.2e9, clock=2.2e9),
-    "h100": Chip(platform="cuda", flops=989e12, bandwidth=3350e9, memory_bytes=int(79.6 * GIB),
+    "h100": Chip(platform="cuda", flops=989e12, bandwidth=3350e9, memory_bytes=_GPU_BYTES,
                  link=450e9, network=50e9),
-    "a100": Chip(platform="cuda", flops=312e12, bandwidth=2039e9, memory_bytes=int(79.6 * GIB),
+    "a100": Chip(platform="cuda", flops=312e12, bandwidth=2039e9, memory_bytes=_GPU_BYTES,
                  link=300e9, network=25e9),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ Shape suffixes: as in decode.py and train.py.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -105,19 +106,20 @@ def window_program(engine: Engine) -> Program:
 
 
 def random_weights(engine: Engine, sizes: Sizes) -> qwen2.Params:
-    """The sampler's parameters, made where they are to lie."""
-    shapes = sampler_copy.shapes(engine.config.model, sizes.dtype, engine.mesh)
-    leaves, tree = jax.tree.flatten(shapes)
+    """The sampler's parameters, made where they are to lie.
 
-    def create(key: jax.Array) -> list[jax.Array]:
-        keys = jax.random.split(key, len(leaves))
-        return [
-            engine.config.model.init_std * jax.random.normal(k, x.shape, x.dtype)
-            for k, x in zip(keys, leaves, strict=True)
-        ]
+    One program a shape: of all parameters in one, XLA for GPUs compiles for minutes.
+    """
+    model = engine.config.model
 
-    made = jax.jit(create, out_shardings=[x.sharding for x in leaves])(jax.random.key(0))
-    return jax.tree.unflatten(tree, made)
+    @functools.cache
+    def drawing(shape: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
+        draw = lambda key: model.init_std * jax.random.normal(key, shape.shape, shape.dtype)  # noqa: E731
+        return jax.jit(draw, out_shardings=shape.sharding)
+
+    leaves, tree = jax.tree.flatten(sampler_copy.shapes(model, sizes.dtype, engine.mesh))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return jax.tree.unflatten(tree, [drawing(x)(k) for x, k in zip(leaves, keys, strict=True)])
 
 
 def window_rows(engine: Engine) -> decode.Rows:

@@ -5,7 +5,9 @@ those of the first, which are the ones in use, is out, and so is one that does n
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +64,14 @@ def sweeps(machine: Machine, backend: str, sizes: Sizes) -> list[Sweep]:
 def choose(sweep: Sweep, machine: Machine, sizes: Sizes) -> tuple[Found, tuple[int, ...]]:
     """Times a key's candidates; what there is to say, and the winner."""
     inputs = jax.jit(sweep.inputs)(jax.random.key(0))
+    ready = _compiled(sweep, inputs)
     first = sweep.candidates[0]
-    want, timing = _tried(sweep, first, inputs, sizes)
+    want, timing = _tried(ready[first], inputs, sizes)
     best, best_s = first, timing.median_s * (1 - MARGIN)
     tried: dict[str, Any] = {str(list(first)): timing.median_s}
     for candidate in sweep.candidates[1:]:
         try:
-            got, timing = _tried(sweep, candidate, inputs, sizes)
+            got, timing = _tried(ready[candidate], inputs, sizes)
         except Exception as error:  # whatever a compiler says to a tile that it does not like
             tried[str(list(candidate))] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
@@ -86,8 +89,25 @@ def choose(sweep: Sweep, machine: Machine, sizes: Sizes) -> tuple[Found, tuple[i
     return Found(said, figures), best
 
 
-def _tried(sweep: Sweep, candidate, inputs, sizes: Sizes) -> tuple[Any, Timing]:
-    run = jax.jit(functools.partial(sweep.run, candidate))
+def _compiled(sweep: Sweep, inputs: tuple) -> dict[tuple[int, ...], Future[jax.stages.Compiled]]:
+    """All candidates, compiled at one time, as most of a sweep is compiling.
+
+    One that is refused throws when it is asked for.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        ready = {}
+        for candidate in sweep.candidates:
+            try:
+                lowered = jax.jit(functools.partial(sweep.run, candidate)).lower(*inputs)
+                ready[candidate] = threads.submit(lowered.compile)
+            except Exception as error:  # not even traced, as with a tile that is too large
+                ready[candidate] = Future()
+                ready[candidate].set_exception(error)
+    return ready
+
+
+def _tried(ready: Future[jax.stages.Compiled], inputs: tuple, sizes: Sizes) -> tuple[Any, Timing]:
+    run = ready.result()
     return run(*inputs), timed(lambda: run(*inputs), sizes.repeats)
 
 
