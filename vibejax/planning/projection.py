@@ -3,7 +3,8 @@
 Time of a program is that of its arithmetic, by the cycles that the TPU compiler estimates for all
 but the attention kernels and by their replayed schedules for these, and that of its collectives, by
 bytes over the links (or the network) that a group has. `exposed` adds both; `hidden` takes the
-longer one. A GPU's compiler estimates nothing: there, time is the roofline's.
+longer one. A GPU's compiler estimates nothing: there, time is the roofline's, with the rates that
+one such device was measured at, where there are any.
 """
 
 import dataclasses
@@ -217,6 +218,10 @@ def estimate(
     floor = max(done.flops / chip.flops, done.bytes / chip.bandwidth)
     if chip.clock:
         compute = hlo.cycles(compiled.computations, runs) / chip.clock + kernel_s
+    elif chip.reached:
+        products = done.flops - (done.attention_flops if kernel_s else 0.0)
+        floors = products / chip.reached.products, done.bytes / chip.reached.bandwidth
+        compute = max(floors) + kernel_s
     else:
         compute = floor
     return Estimate(done, max(compute, floor) if name == "apply" else compute, moved, floor)
@@ -226,9 +231,16 @@ def kernel_seconds(
     name: str, config: RlConfig, model: ModelConfig, mesh, where: Slice, lengths: Sequence[int]
 ) -> float:
     """Of the attention kernels of one call, on the device with most to do."""
-    if where.chip.platform != "tpu" or name not in ("accumulate", "score"):
+    if name not in ("accumulate", "score"):
         return 0.0
-    again = config.train.remat not in ("none", "attention")
+    again = work.forwards_again(config)
+    if reached := where.chip.reached:
+        tokens = config.train.microbatch_rows * config.train.row_tokens / mesh.size
+        pairs = tokens * tiles_run.attended(lengths) * model.layers * model.heads * model.head_dim
+        once = 4 * pairs / reached.forward
+        return again * once + 14 * pairs / reached.gradient if name == "accumulate" else once
+    if where.chip.platform != "tpu":
+        return 0.0
     return tiles_run.seconds(
         where, model, lengths,
         shards=mesh.shape["context"],
@@ -293,7 +305,8 @@ def decode(
     found = hlo.collectives(computations, {body: 1.0}, len(compiled.coordinates))
     moved = traffic(found, where, compiled.coordinates, compiled.slices)
     arithmetic = hlo.cycles(computations, {body: 1.0}) / chip.clock if chip.clock else 0.0
-    step = max(other / chip.bandwidth, arithmetic) + pages / chip.bandwidth + moved.seconds
+    bandwidth = chip.reached.bandwidth if chip.reached else chip.bandwidth
+    step = max(other / bandwidth, arithmetic) + pages / bandwidth + moved.seconds
     done = work.decode_step(engine, memory, rows, live_tokens)
     return Decode(done, rows, live_tokens, other + pages, step, done.bytes / chip.bandwidth, moved)
 

@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,22 @@ class SliceError(InputError):
     """A slice that is not sold, or a mesh that does not fit it."""
 
 
+class Reached(NamedTuple):
+    """What one such device was measured at, which is less than is published of it.
+
+    Attributes:
+        products: operations a second of bfloat16 matrices.
+        bandwidth: bytes a second, read and written.
+        forward: of the attention kernel, 4 operations for a pair of tokens, head and dimension.
+        gradient: of forward and backward kernels, 14 operations.
+    """
+
+    products: float
+    bandwidth: float
+    forward: float
+    gradient: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """One kind of device.
@@ -43,6 +59,7 @@ class Chip:
         network: bytes a second of its part of the host's network, one direction.
         clock: cycles a second in which the compiler estimates; 0: it does not.
         cores: that share what is above; a kernel's cycles are those of one.
+        reached: what times are projected from, of a chip whose compiler does not estimate.
     """
 
     platform: Literal["tpu", "cuda"]
@@ -53,7 +70,12 @@ class Chip:
     network: float
     clock: float = 0.0
     cores: int = 1
+    reached: Reached | None = None
 
+
+# An H100 80GB HBM3, jax 0.10.2, 2026-11-23: tpu/validate.py, tests/benchmarks/attention_gpu.py of
+# 65,536 tokens.
+_H100 = Reached(products=671e12, bandwidth=2617e9, forward=420e12, gradient=406e12)
 
 CHIPS = {
     "v4": Chip(platform="tpu", flops=137.5e12, bandwidth=614e9, memory_bytes=int(15.48 * GIB),
@@ -67,7 +89,7 @@ CHIPS = {
     "tpu7x": Chip(platform="tpu", flops=1153.5e12, bandwidth=3690e9,
                   memory_bytes=int(94.75 * GIB), link=50e9, network=6.2e9, clock=2.2e9),
     "h100": Chip(platform="cuda", flops=989e12, bandwidth=3350e9, memory_bytes=_GPU_BYTES,
-                 link=450e9, network=50e9),
+                 link=450e9, network=50e9, reached=_H100),
     "a100": Chip(platform="cuda", flops=312e12, bandwidth=2039e9, memory_bytes=_GPU_BYTES,
                  link=300e9, network=25e9),
 }  # fmt: skip

@@ -26,11 +26,13 @@ class Work(NamedTuple):
         flops: operations of matrix products.
         bytes: to and from memory.
         useful_flops: without what is computed again; a causal mask's lower half alone.
+        attention_flops: what of `flops` is attention's.
     """
 
     flops: float
     bytes: float
     useful_flops: float = 0.0
+    attention_flops: float = 0.0
 
 
 def layer_weights(model: ModelConfig) -> int:
@@ -55,9 +57,9 @@ def accumulate(
     seen = float(config.train.row_tokens) if full else tiles_run.attended(lengths)
     attention = 4 * model.heads * model.head_dim * seen
     layers, head = model.layers * layer_weights(model), model.width * model.vocab_rows
-    again = {"none": 0.0, "attention": 2.0 * layers}.get(
-        config.train.remat, 2 * layers + model.layers * attention
-    )
+    attended = model.layers * attention * (3 + forwards_again(config))
+    again = 0 if config.train.remat == "none" else 2 * layers
+    again += model.layers * attention * forwards_again(config)
     useful = tokens * qwen2.train_flops_per_token(model, seen)
     tensor = mesh.shape["tensor"]
     passes = 2 + (config.train.remat != "none")
@@ -68,15 +70,23 @@ def accumulate(
     ) * BFLOAT16
     activations = ACTIVATIONS * model.layers * tokens * tensor * a_layer
     logits = 4 * FLOAT32 * tokens * model.vocab_rows
-    return Work(useful + tokens * (again + 2 * head), weights + sums + activations + logits, useful)
+    moved = weights + sums + activations + logits
+    return Work(useful + tokens * (again + 2 * head), moved, useful, tokens * attended)
+
+
+def forwards_again(config: RlConfig) -> int:
+    """How often a micro-batch's backward pass computes attention's forward pass again."""
+    return int(config.train.remat not in ("none", "attention"))
 
 
 def score(config, model: ModelConfig, mesh, rows: int, row_tokens: int) -> Work:
     """Log-probs of rows of one document each."""
     tokens = rows * row_tokens / mesh.size
-    useful = tokens * qwen2.train_flops_per_token(model, (row_tokens + 1) / 2) / 3
+    seen = (row_tokens + 1) / 2
+    useful = tokens * qwen2.train_flops_per_token(model, seen) / 3
     weights = (model.layers * layer_weights(model) + model.width * model.vocab_rows) * BFLOAT16
-    return Work(useful, weights / mesh.shape["tensor"], useful)
+    attention = tokens * model.layers * 4 * model.heads * model.head_dim * seen
+    return Work(useful, weights / mesh.shape["tensor"], useful, attention)
 
 
 def apply(model: ModelConfig, mesh) -> Work:
