@@ -110,6 +110,22 @@ def test_order_is_a_function_of_seed_and_step():
     assert data.step_indices(10, 4, 0, 4) != steps[0]
 
 
+def test_a_step_across_two_passes_holds_no_prompt_twice():
+    """Both would get the same draws."""
+    prompts = [data.Prompt(index=i, tokens=(i,), record={}) for i in range(10)]
+    across = 0
+    for step in range(1, 40):
+        stream = data.step_indices(10, 3, step - 1, 4)
+        drawn = [p.index for p in data.step_prompts(prompts, 3, step, 4)]
+        assert len(set(drawn)) == 4 and set(stream) <= set(drawn)
+        if len(set(stream)) == 4:
+            assert drawn == stream
+        across += len(set(stream)) < 4
+    assert across > 3
+    everything = data.step_prompts(prompts, 3, 2, 10)
+    assert sorted(p.index for p in everything) == [*range(10)]
+
+
 def test_demonstration_ends_with_the_stop_token(tokens):
     record = {"prompt": "1+1=", "completion": "2"}
     document = data.learning_document(record, tokens, "here")

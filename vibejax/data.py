@@ -6,6 +6,7 @@ benchmarks are read in their own layouts (`benchmarks`).
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,10 +175,26 @@ def step_indices(count: int, seed: int, step: int, per_step: int) -> list[int]:
 def step_prompts(
     prompts: Sequence[Prompt], seed: int, step: int, count: int, refill: int = 0
 ) -> list[Prompt]:
-    """The prompts of a step (from 1), or those that a refill of its groups may take."""
+    """The prompts of a step (from 1), or those that a refill of its groups may take.
+
+    All are different, as the same prompt would get the same draws: what the end of one pass and
+    the beginning of the next have in common is taken once, and what comes next fills up.
+
+    Args:
+        prompts: all there are, at least `count`.
+        seed: of the run.
+        step: of the run.
+        count: prompts of it.
+        refill: 0: the step's own.
+    """
     # Each refill has an order of its own, so that a step's prompts do not depend on refills.
-    indices = step_indices(len(prompts), seed + REFILL_SEEDS * refill, step - 1, count)
-    return [prompts[i] for i in indices]
+    indices = order(len(prompts), seed + REFILL_SEEDS * refill)
+    chosen: dict[int, None] = {}
+    for place in itertools.count((step - 1) * count):
+        if len(chosen) == count:
+            break
+        chosen.setdefault(int(indices[place]))
+    return [prompts[i] for i in chosen]
 
 
 def easiest(prompts: Sequence[Prompt], share: float, *, at_least: int) -> list[Prompt]:
