@@ -112,7 +112,7 @@ def temporaries(side: str, chip: str, dtype: str, T: int, group: int, s: int) ->
 
         topology = slices.find(f"{chip}-1").topology()
     place = SingleDeviceSharding(topology.devices[0])
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731 - of one line
     B, gib = (256, TPUS[chip]) if chip in TPUS else (32, GPUS[chip])
     q, pages, table, length, *shared = shapes(array, dtype, B, T, group, s, gib)
 

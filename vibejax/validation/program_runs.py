@@ -114,7 +114,9 @@ def random_weights(engine: Engine, sizes: Sizes) -> qwen2.Params:
 
     @functools.cache
     def drawing(shape: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array]:
-        draw = lambda key: model.init_std * jax.random.normal(key, shape.shape, shape.dtype)  # noqa: E731
+        def draw(key: jax.Array) -> jax.Array:
+            return model.init_std * jax.random.normal(key, shape.shape, shape.dtype)
+
         return jax.jit(draw, out_shardings=shape.sharding)
 
     leaves, tree = jax.tree.flatten(sampler_copy.shapes(model, sizes.dtype, engine.mesh))
