@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vibejax.scheduler import Job, PoolTooSmallError, Queue, Scheduler
+from vibejax.job_queue import Job, Queue
+from vibejax.scheduler import PoolTooSmallError, Scheduler
 
 
 def make(slots, pages, page_tokens, window, jobs=()):

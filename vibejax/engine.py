@@ -35,9 +35,10 @@ from vibejax.completions import (
     check_sampling,
 )
 from vibejax.decode import Drawn, Sampling
+from vibejax.job_queue import Job, Queue
 from vibejax.memory_plan import MemoryPlan
 from vibejax.qwen2 import ModelConfig, Params
-from vibejax.scheduler import Fill, Job, PoolTooSmallError, Queue, Running, Scheduler
+from vibejax.scheduler import Fill, PoolTooSmallError, Running, Scheduler
 
 STOPS: dict[int, Stop] = {
     decode.STOP: "stop",

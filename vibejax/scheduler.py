@@ -14,35 +14,17 @@ runs dry, the youngest sequence is put back: its pages go, its sampled tokens st
 later from there.
 
 A free slot takes, in this order: a sequence that was put back; the next sample of a prompt that is
-already cached; the prompt whose completions are expected to be longest, from the lengths that its
-samples had before, else the mean of all so far.
+already cached; the prompt whose completions are expected to be longest (`job_queue`).
 """
 
 import dataclasses
 import heapq
-from collections import deque
 from collections.abc import Iterable
 
+from vibejax.job_queue import Job, Queue
+from vibejax.page_pool import PagePool
+
 HEADROOM = 4  # windows that all that runs can go on for, when another sequence enters
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A prompt and how often it is to be completed.
-
-    Attributes:
-        id: names it.
-        prompt_tokens: its length, at least 1.
-        samples: completions G.
-        max_tokens: longest completion.
-        expected_tokens: of a completion, by what is known of it; None: the mean of all so far.
-    """
-
-    id: int
-    prompt_tokens: int
-    samples: int
-    max_tokens: int
-    expected_tokens: float | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,82 +90,6 @@ class Running:
 
 class PoolTooSmallError(ValueError):
     """A sequence needs more pages than there are."""
-
-
-class PagePool:
-    """Page numbers and how many sequences use each."""
-
-    def __init__(self, pages: int):
-        """A pool of `pages` free pages."""
-        self.size = pages
-        self._free = list(range(pages - 1, -1, -1))
-        self._users = [0] * pages
-
-    @property
-    def free(self) -> int:
-        """Pages that nobody uses."""
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """`count` free pages, each with one user."""
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
-            self._users[page] = 1
-        return taken
-
-    def share(self, pages: Iterable[int]) -> None:
-        """One more user for each."""
-        for page in pages:
-            self._users[page] += 1
-
-    def release(self, pages: Iterable[int]) -> None:
-        """One user less for each; without any, a page is free."""
-        for page in pages:
-            self._users[page] -= 1
-            if not self._users[page]:
-                self._free.append(page)
-
-
-class Queue:
-    """Jobs that have not begun; the devices of an engine take from one queue."""
-
-    def __init__(self) -> None:
-        """An empty queue."""
-        self._known: list[tuple[float, int, Job]] = []  # a heap, the longest expected first
-        self._unknown: deque[Job] = deque()
-        self.samples = 0  # of the jobs that wait
-        self._submitted = self._finished = self._finished_tokens = 0
-
-    def __bool__(self) -> bool:
-        """Whether a job waits."""
-        return bool(self._known or self._unknown)
-
-    def submit(self, jobs: Iterable[Job]) -> None:
-        """Adds jobs."""
-        for job in jobs:
-            if job.expected_tokens is None:
-                self._unknown.append(job)
-            else:
-                heapq.heappush(self._known, (-job.expected_tokens, self._submitted, job))
-            self._submitted += 1
-            self.samples += job.samples
-
-    def longest_expected(self) -> Job | None:
-        """The job to begin next; None without one."""
-        mean = self._finished_tokens / self._finished if self._finished else float("inf")
-        if self._known and (not self._unknown or -self._known[0][0] >= mean):
-            job = heapq.heappop(self._known)[2]
-        elif self._unknown:
-            job = self._unknown.popleft()
-        else:
-            return None
-        self.samples -= job.samples
-        return job
-
-    def learn(self, tokens: int) -> None:
-        """Takes in the length of a completion."""
-        self._finished += 1
-        self._finished_tokens += tokens
 
 
 @dataclasses.dataclass

@@ -19,7 +19,8 @@ import time
 
 import numpy as np
 
-from vibejax.scheduler import Job, Queue, Scheduler
+from vibejax.job_queue import Job, Queue
+from vibejax.scheduler import Scheduler
 
 PROMPTS, SAMPLES, SLOTS, WINDOW = 512, 16, 128, 64
 MEDIAN_TOKENS, LONGEST, PROMPT_TOKENS = 6_000, 65_536, 300

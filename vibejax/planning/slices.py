@@ -2,8 +2,8 @@
 
 Peaks are the vendors' published ones: bfloat16 operations (dense), bandwidth of the memory, one
 direction of a link between chips; the network of a host, shared by its devices, is an estimate.
-Memory is what the compilers let a program have. A device is what JAX calls one: a chip, or of v4
-and tpu7x one of its two cores.
+Memory is what the compilers let a program have, on GPUs what a run takes. A device is what JAX
+calls one: a chip, or of v4 and tpu7x one of its two cores.
 
 Source: the system architecture pages of Cloud TPU (v4, v5e, v5p, v6e, tpu7x) and the data sheets of
 H100 SXM and A100 SXM 80 GB.

@@ -55,11 +55,11 @@ def accumulate(
     """
     tokens = config.train.microbatch_rows * config.train.row_tokens / mesh.size
     seen = float(config.train.row_tokens) if full else tiles_run.attended(lengths)
-    attention = 4 * model.heads * model.head_dim * seen
+    attention = model.layers * 4 * model.heads * model.head_dim * seen
     layers, head = model.layers * layer_weights(model), model.width * model.vocab_rows
-    attended = model.layers * attention * (3 + forwards_again(config))
-    again = 0 if config.train.remat == "none" else 2 * layers
-    again += model.layers * attention * forwards_again(config)
+    again = forwards_again(config) * attention
+    if config.train.remat != "none":
+        again += 2 * layers
     useful = tokens * qwen2.train_flops_per_token(model, seen)
     tensor = mesh.shape["tensor"]
     passes = 2 + (config.train.remat != "none")
@@ -71,7 +71,8 @@ def accumulate(
     activations = ACTIVATIONS * model.layers * tokens * tensor * a_layer
     logits = 4 * FLOAT32 * tokens * model.vocab_rows
     moved = weights + sums + activations + logits
-    return Work(useful + tokens * (again + 2 * head), moved, useful, tokens * attended)
+    attended = tokens * (3 + forwards_again(config)) * attention
+    return Work(useful + tokens * (again + 2 * head), moved, useful, attended)
 
 
 def forwards_again(config: RlConfig) -> int:
