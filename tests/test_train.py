@@ -124,6 +124,26 @@ def test_each_device_holds_its_part_of_parameters_moments_and_gradients():
             assert sum(parts) == copies * held
 
 
+def test_gradients_are_added_where_their_sums_lie():
+    """A micro-batch holds no second tree of gradients beside the sums that it adds to."""
+    model = dataclasses.replace(MODEL, layers=32, mlp=512)
+    config = RlConfig(policy="", prompts="")
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    adamw = optimizer.make_optimizer(OptimizerConfig(), 10)
+    loss_fn = functools.partial(policy_loss, model=model, config=config)
+    integers, floats = (jax.ShapeDtypeStruct((1, 2), t) for t in (jnp.int32, jnp.float32))
+    batch = dict.fromkeys(("token", "target", "position", "segment"), integers) | dict.fromkeys(
+        ("weight", "advantage", "sampler_logprob"), floats
+    )
+    with jax.set_mesh(mesh):
+        step = train.make_train_step(loss_fn, adamw, lambda _: 1e-6, model, mesh, SUMS)
+        params, sums = train.abstract_params(model, mesh), jax.eval_shape(step.zeros)
+        memory = step.accumulate.lower(params, sums, batch).compile().memory_analysis()
+    one_tree = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert one_tree > 6e6
+    assert memory.temp_size_in_bytes < one_tree / 4
+
+
 def test_rows_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="axis 'batch' of size 3 is not a multiple"):
         gradient({"fsdp": 8}, 32, 3)

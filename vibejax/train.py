@@ -91,10 +91,14 @@ def make_train_step(
         return Sums(grads, jnp.zeros(()), {name: jnp.zeros(()) for name in metric_names})
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> tuple[Sums, jax.Array]:
-        (loss, (metrics, logprob_BT)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, batch
+        # Each layer's gradient is added where the sums lie, so that there is no second tree of them.
+        grads = jax.tree.map(jax.new_ref, sums.grads)
+        loss, pullback, (metrics, logprob_BT) = jax.vjp(
+            lambda params: loss_fn(params, batch), params, has_aux=True
         )
-        return jax.tree.map(jnp.add, sums, Sums(grads, loss, metrics)), logprob_BT
+        pullback.with_refs(grads)(jnp.ones_like(loss))
+        scalars = jax.tree.map(jnp.add, sums._replace(grads=()), Sums((), loss, metrics))
+        return scalars._replace(grads=jax.tree.map(jax.freeze, grads)), logprob_BT
 
     @jax.named_scope("optimizer")
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:

@@ -23,7 +23,7 @@ from vibejax.sharding import mesh_axes, spec
 MASKED = -1e30
 CHUNK_TOKENS = 1_024  # logits of a chunk at V = 151,936: 594 MiB in float32
 CHUNKS = 8  # of fewer tokens, so that those of which no value is needed can be skipped
-LEAST_CHUNK_TOKENS = 256  # each chunk reads and writes the head's whole gradient
+LEAST_CHUNK_TOKENS = 128  # each chunk reads and writes the head's whole gradient
 _EXACT = jax.lax.Precision.HIGHEST  # for float32 operands; bfloat16 ones are exact as they are
 
 
