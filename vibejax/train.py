@@ -91,14 +91,14 @@ def make_train_step(
         return Sums(grads, jnp.zeros(()), {name: jnp.zeros(()) for name in metric_names})
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> tuple[Sums, jax.Array]:
-        # Each layer's gradient is added where the sums lie, so that there is no second tree of them.
+        # Each layer's gradient is added where the sums lie: there is no second tree of gradients.
         grads = jax.tree.map(jax.new_ref, sums.grads)
         loss, pullback, (metrics, logprob_BT) = jax.vjp(
             lambda params: loss_fn(params, batch), params, has_aux=True
         )
         pullback.with_refs(grads)(jnp.ones_like(loss))
-        scalars = jax.tree.map(jnp.add, sums._replace(grads=()), Sums((), loss, metrics))
-        return scalars._replace(grads=jax.tree.map(jax.freeze, grads)), logprob_BT
+        added = jax.tree.map(jnp.add, (sums.loss, sums.metrics), (loss, metrics))
+        return Sums(jax.tree.map(jax.freeze, grads), *added), logprob_BT
 
     @jax.named_scope("optimizer")
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
