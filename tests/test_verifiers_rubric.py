@@ -55,17 +55,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             mine["path"], mine["body"] = self.path, json.loads(body)
             mine["key"] = self.headers.get("Authorization")
             count = mine["requests"]
+        if kind == "slow":
+            time.sleep(0.15)
+        with lock:
+            mine["now"] -= 1  # before the answer: whoever has that may let the next one in
         try:
             self.behave(kind, count)
         except (BrokenPipeError, ConnectionResetError):
             pass
-        finally:
-            with lock:
-                mine["now"] -= 1
 
     def behave(self, kind, count):
         good = json.dumps(GOOD)
-        if kind.startswith("good"):
+        if kind.startswith("good") or kind == "slow":
             self.answer(good)
         elif kind == "fenced":
             self.answer("<think>{\"a\": 1}</think>\n```json\n" + good + "\n```")
@@ -81,9 +82,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(307, b"", [("Location", "/good/v1/chat/completions")])
         elif kind == "says":
             self.answer(json.loads(sys.stdin.readline()))
-        elif kind == "slow":
-            time.sleep(0.15)
-            self.answer(good)
         elif kind.startswith("hangs"):
             time.sleep(20)
         elif kind == "drips":
