@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from vibejax.attention import Implementation, attention
 from vibejax.rope import Rope, inverse_frequencies
 from vibejax.sharding import constrain, sharding
-from vibejax.weight_products import einsum, project, project_held
+from vibejax.weight_products import einsum, product_held, project, project_held
 
 Params = dict[str, Any]
 Remat = Literal["none", "full", "attention", "offload"]
@@ -171,7 +171,7 @@ def head(params: Params) -> jax.Array:
 def logits(params: Params, x_BE: jax.Array, config: ModelConfig) -> jax.Array:
     """[B, V] float32 logits of the next token; ids that do not exist hold -1e30."""
     head_VE = head(params).astype(x_BE.dtype)
-    logit_BV = einsum("BE,VE->BV", x_BE, head_VE, preferred_element_type=jnp.float32)
+    logit_BV = product_held(x_BE, head_VE, jnp.float32)
     return jnp.where((jnp.arange(config.vocab_rows) < config.vocab)[None], logit_BV, -1e30)
 
 

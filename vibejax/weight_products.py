@@ -64,13 +64,40 @@ project.defvjp(_forward, _backward)
 
 
 def project_held(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same product as `project`'s, with a weight whose input axes are last.
-
-    As a product of two matrices: of others XLA for CPUs changes the order of sums with the rows.
-    """
+    """The same product as `project`'s, with a weight whose input axes are last."""
     inputs, outputs = subscripts.split("->")
     _, w_axes = inputs.split(",")
     summed = sum(axis not in outputs for axis in w_axes)
     rows, size = x.shape[: x.ndim - summed], math.prod(x.shape[x.ndim - summed :])
-    y_NF = einsum("NE,FE->NF", x.reshape(-1, size), w.reshape(-1, size))
+    y_NF = product_held(x.reshape(-1, size), w.reshape(-1, size), x.dtype)
     return y_NF.reshape(*rows, *w.shape[: w.ndim - summed])
+
+
+def product_held(x_NE: jax.Array, w_FE: jax.Array, dtype: Any) -> jax.Array:
+    """[N, F] of `dtype`: few rows times a weight, each as of any other number of rows on a CPU.
+
+    XLA for CPUs packs the second factor of a product each time it is run: let it be x. It takes
+    64, 32 or 16 columns of it at once, whichever divides their number, and sums in an order of its
+    own for each: every product here has an odd multiple of 16.
+    """
+
+    def packing_x(x_NE, w_FE):
+        first = _columns_at_once(len(x_NE))
+        y_FN = [
+            einsum("FE,NE->FN", w_FE, part_NE, preferred_element_type=dtype)
+            for part_NE in (x_NE[:first], x_NE[first:])
+            if len(part_NE)
+        ]
+        # Without the barrier XLA turns the product around again.
+        return jax.lax.optimization_barrier(jnp.concatenate(y_FN, axis=1)).T
+
+    def as_it_stands(x_NE, w_FE):
+        return einsum("NE,FE->NF", x_NE, w_FE, preferred_element_type=dtype)
+
+    return jax.lax.platform_dependent(x_NE, w_FE, cpu=packing_x, default=as_it_stands)
+
+
+def _columns_at_once(columns: int) -> int:
+    """The most of `columns` that are an odd multiple of 16, the last of which may be incomplete."""
+    sixteens = math.ceil(columns / 16)
+    return columns if sixteens % 2 else 16 * (sixteens - 1)

@@ -50,7 +50,7 @@ def sampler():
 
 
 def ours(case: str) -> None:
-    """The longest expected first, from an earlier round of the same prompts."""
+    """The longest expected first, from earlier rounds of the same prompts; all is compiled."""
     from vibejax.completions import EngineConfig, Request
     from vibejax.decode import Sampling
     from vibejax.engine import Engine
@@ -71,7 +71,11 @@ def ours(case: str) -> None:
         done = list(engine.generate(requests, Sampling()))
         assert sum(len(c.logprobs) for c in done) == lengths.sum()
 
-    took = harness.seconds(run)
+    def warm_up() -> None:  # the second round knows lengths, and so meets the sizes of the third
+        run()
+        run()
+
+    took = harness.seconds(run, warm_up=warm_up)
     counts = engine.counts
     harness.report(
         tokens_per_s=lengths.sum() / took,
