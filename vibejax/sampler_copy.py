@@ -1,8 +1,8 @@
 """The copy of the parameters that is decoded with: a list of layers, in the sampler's dtype.
 
 Decoding reads every weight once a token. From a stacked array each layer would first be copied out
-of it; from a list it is read where it lies. Projections have their input axes last: of this form a
-CPU's products give a row the same bits beside any number of others.
+of it; from a list it is read where it lies. Projections have their input axes last, the form in
+which a CPU reads the first factor of a product (`weight_products.product_held`).
 """
 
 import functools

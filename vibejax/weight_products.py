@@ -74,27 +74,20 @@ def project_held(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def product_held(x_NE: jax.Array, w_FE: jax.Array, dtype: Any) -> jax.Array:
-    """[N, F] of `dtype`: few rows times a weight, each as of any other number of rows on a CPU.
+    """[N, F] of `dtype`: few rows times a weight, on a CPU each as of any other number of rows.
 
     XLA for CPUs packs the second factor of a product each time it is run: let it be x. It takes
     64, 32 or 16 columns of it at once, whichever divides their number, and sums in an order of its
     own for each: every product here has an odd multiple of 16.
     """
-
-    def packing_x(x_NE, w_FE):
-        first = _columns_at_once(len(x_NE))
-        y_FN = [
-            einsum("FE,NE->FN", w_FE, part_NE, preferred_element_type=dtype)
-            for part_NE in (x_NE[:first], x_NE[first:])
-            if len(part_NE)
-        ]
-        # Without the barrier XLA turns the product around again.
-        return jax.lax.optimization_barrier(jnp.concatenate(y_FN, axis=1)).T
-
-    def as_it_stands(x_NE, w_FE):
-        return einsum("NE,FE->NF", x_NE, w_FE, preferred_element_type=dtype)
-
-    return jax.lax.platform_dependent(x_NE, w_FE, cpu=packing_x, default=as_it_stands)
+    product = functools.partial(einsum, preferred_element_type=dtype)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device and device.platform != "cpu":
+        return product("NE,FE->NF", x_NE, w_FE)
+    first = _columns_at_once(len(x_NE))
+    parts = [part_NE for part_NE in (x_NE[:first], x_NE[first:]) if len(part_NE)]
+    y_FN = jnp.concatenate([product("FE,NE->FN", w_FE, part_NE) for part_NE in parts], axis=1)
+    return jax.lax.optimization_barrier(y_FN).T  # or XLA turns the product around again
 
 
 def _columns_at_once(columns: int) -> int:
