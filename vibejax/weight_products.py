@@ -78,7 +78,7 @@ def product_held(x_NE: jax.Array, w_FE: jax.Array, dtype: Any) -> jax.Array:
 
     XLA for CPUs packs the second factor of a product each time it is run: let it be x. It takes
     64, 32 or 16 columns of it at once, whichever divides their number, and sums in an order of its
-    own for each: every product here has an odd multiple of 16.
+    own for each: every product here has an odd multiple of 16. Without a mesh as on a CPU.
     """
     product = functools.partial(einsum, preferred_element_type=dtype)
     device = jax.sharding.get_abstract_mesh().abstract_device
