@@ -5,14 +5,14 @@ Shape suffixes: B rows of a micro-batch, T tokens of a row.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from vibejax import optimizer, sharding, train
-from vibejax.config.rl import RlConfig
+from vibejax.config.rl import ObjectiveConfig, RlConfig
 from vibejax.losses import importance, mgpo
 from vibejax.losses.logprobs import TokenLogprobs
 from vibejax.qwen2 import ModelConfig, Params
@@ -61,7 +61,18 @@ def policy_loss(
     (else the policy is its own old policy), `reference_logprob` where there is a KL term.
     """
     objective = config.objective
-    logprob_BT, entropy_BT = _logprobs(params, rows, model, config)
+    terms = functools.partial(_terms, objective=objective)
+    if importance.of_one_token(objective.correction):
+        return train.row_loss(terms, params, rows, model, config.train, **_forward_settings(config))
+    logprobs = _logprobs(params, rows, model, config)
+    loss, metrics = terms(logprobs, rows)
+    return loss, (metrics, logprobs.logprob_BT)
+
+
+def _terms(
+    logprobs: TokenLogprobs, rows: train.Batch, *, objective: ObjectiveConfig
+) -> tuple[jax.Array, train.Metrics]:
+    logprob_BT, entropy_BT = logprobs
     weight_BT = rows["weight"]
     # The sampler is compared with what it sampled from: later updates are the ratio's.
     old_BT = rows.get("old_logprob", logprob_BT)
@@ -88,18 +99,18 @@ def policy_loss(
     if "reference_logprob" in rows:
         kl = mgpo.reference_kl(logprob_BT, rows["reference_logprob"], weight_BT)
     metrics |= {"policy/entropy": jnp.sum(entropy_BT), "policy/reference_kl": kl}
-    return loss + objective.kl * kl, (metrics, logprob_BT)
+    return loss + objective.kl * kl, metrics
 
 
 def _logprobs(
     params: Params, rows: train.Batch, model: ModelConfig, config: RlConfig
 ) -> TokenLogprobs:
     """Log-probs under the distribution that the sampler draws from, top-p and top-k apart."""
-    return train.row_logprobs(
-        params,
-        rows,
-        model,
-        config.train,
-        implementation=config.attention.implementation,
-        temperature=config.rollout.temperature,
-    )
+    return train.row_logprobs(params, rows, model, config.train, **_forward_settings(config))
+
+
+def _forward_settings(config: RlConfig) -> dict[str, Any]:
+    return {
+        "implementation": config.attention.implementation,
+        "temperature": config.rollout.temperature,
+    }

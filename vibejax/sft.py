@@ -42,6 +42,7 @@ from vibejax.config.sft import SftConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Demonstration, Demonstrations
 from vibejax.locations import resolve
+from vibejax.losses.logprobs import TokenLogprobs
 from vibejax.losses.nll import nll_loss
 from vibejax.metrics import Metrics
 from vibejax.packing import Document
@@ -282,10 +283,14 @@ def _traces(setup: Setup, step: train.TrainStep, adamw, score) -> dict[str, trai
 def make_loss(model: ModelConfig, config: SftConfig) -> train.LossFn:
     """The loss of packed rows: the sum over tokens that the documents' weights say."""
 
+    def terms(logprobs: TokenLogprobs, rows: train.Batch):
+        return nll_loss(logprobs.logprob_BT, rows["weight"])
+
     def loss_fn(params: Params, rows: train.Batch):
-        logprob_BT = _logprobs(params, rows, model, config)
-        loss, metrics = nll_loss(logprob_BT, rows["weight"])
-        return loss, (metrics, logprob_BT)
+        return train.row_loss(
+            terms, params, rows, model, config.train,
+            implementation=config.attention.implementation,
+        )  # fmt: skip
 
     return loss_fn
 

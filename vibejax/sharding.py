@@ -108,9 +108,19 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedShar
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes that an array axis of this name lies on, for collectives in a `shard_map`."""
+    """The mesh axes that an array axis of this name lies on."""
     (names,) = spec(axis)
     return (names,) if isinstance(names, str) else names or ()
+
+
+def shared_axes(*axes: str) -> tuple[str, ...]:
+    """The mesh axes over which collectives for these array axes run, in a `shard_map`.
+
+    Axes of one device are left out: XLA for CPUs copies what it reduces over a single device.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    names = dict.fromkeys(name for axis in axes for name in mesh_axes(axis))
+    return tuple(name for name in names if shape.get(name, 1) > 1)
 
 
 def ways(mesh: Mesh | jax.sharding.AbstractMesh, axis: str) -> int:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from vibejax import packing, progress, qwen2, sharding
 from vibejax.attention import Implementation
 from vibejax.config.training import TrainConfig
-from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
+from vibejax.losses.logprobs import TermsFn, TokenLogprobs, token_logprobs, token_loss
 from vibejax.packing import Document
 from vibejax.qwen2 import ModelConfig, Params
 
@@ -174,7 +174,38 @@ def row_logprobs(
     temperature: float = 1.0,
 ) -> TokenLogprobs:
     """What the policy says of the targets of packed rows, where their loss weight is not 0."""
-    x_BTE = qwen2.hidden_states(
+    x_BTE = _hidden_states(params, rows, model, config, implementation)
+    head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
+    return token_logprobs(
+        x_BTE, head_VE, rows["target"], needed_BT, vocab=model.vocab, temperature=temperature
+    )
+
+
+def row_loss(
+    terms: TermsFn,
+    params: Params,
+    rows: Batch,
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    implementation: Implementation = "auto",
+    temperature: float = 1.0,
+) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+    """What a `LossFn` returns, of a loss whose `terms` of a token depend on that token alone.
+
+    `terms` is given the log-probs and `rows`, of some tokens at a time.
+    """
+    x_BTE = _hidden_states(params, rows, model, config, implementation)
+    head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
+    loss, (metrics, logprobs) = token_loss(
+        terms, x_BTE, head_VE, rows["target"], needed_BT, rows,
+        vocab=model.vocab, temperature=temperature,
+    )  # fmt: skip
+    return loss, (metrics, logprobs.logprob_BT)
+
+
+def _hidden_states(params, rows, model, config, implementation) -> jax.Array:
+    return qwen2.hidden_states(
         params,
         rows["token"],
         rows["position"],
@@ -184,10 +215,6 @@ def row_logprobs(
         remat=config.remat,
         implementation=implementation,
         place_BT=rows.get("place"),
-    )
-    head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
-    return token_logprobs(
-        x_BTE, head_VE, rows["target"], needed_BT, vocab=model.vocab, temperature=temperature
     )
 
 

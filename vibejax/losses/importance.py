@@ -28,6 +28,11 @@ Correction = Literal[
 LOG_RATIO_BOUND = 20.0  # a sequence's summed log-ratio is clamped to it
 
 
+def of_one_token(correction: Correction) -> bool:
+    """Whether a token's weight depends on that token alone."""
+    return correction in ("token_truncate", "token_mask", "none")
+
+
 @jax.named_scope("importance")
 def weights(
     old_logprob_BT: jax.Array,
