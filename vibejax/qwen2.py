@@ -280,25 +280,32 @@ def cached_states(
 
 @jax.named_scope("qkv")
 def _qkv(x_BTE, p, cos_BTD, sin_BTD, config, how):
-    h_BTE = how.norm(x_BTE, p["attention_norm"], config.norm_epsilon)
-    q_BTHD = _biased(how.project("BTE,EHD->BTHD", h_BTE, p["q"]), p["q_bias"])
-    k_BTKD = _biased(how.project("BTE,EKD->BTKD", h_BTE, p["k"]), p["k_bias"])
-    v_BTKD = _biased(how.project("BTE,EKD->BTKD", h_BTE, p["v"]), p["v_bias"])
+    subscripts = ("BTE,EHD->BTHD", "BTE,EKD->BTKD", "BTE,EKD->BTKD")
+    weights = (p["q"], p["k"], p["v"])
+    products = _normed_products(x_BTE, p["attention_norm"], weights, subscripts, config, how)
+    biases = (p["q_bias"], p["k_bias"], p["v_bias"])
+    q_BTHD, k_BTKD, v_BTKD = map(_biased, products, biases)
     q_BTHD = constrain(_rotate(q_BTHD, cos_BTD, sin_BTD), "batch", "length", "heads", None)
     return q_BTHD, _rotate(k_BTKD, cos_BTD, sin_BTD), v_BTKD
 
 
 @jax.named_scope("mlp")
 def _mlp(x_BTE, p, config, how):
-    h_BTE = how.norm(x_BTE, p["mlp_norm"], config.norm_epsilon)
-    gate_BTF = how.project("BTE,EF->BTF", h_BTE, p["gate"])
-    up_BTF = how.project("BTE,EF->BTF", h_BTE, p["up"])
+    subscripts, weights = ("BTE,EF->BTF",) * 2, (p["gate"], p["up"])
+    gate_BTF, up_BTF = _normed_products(x_BTE, p["mlp_norm"], weights, subscripts, config, how)
     return x_BTE + how.project("BTF,FE->BTE", _gated(gate_BTF, up_BTF), p["down"])
 
 
 # What only passes over its arguments is computed again by the backward pass, whatever `remat` says:
 # to keep its intermediate values for all layers takes longer, and a sixth more memory.
 _again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(_again, static_argnums=(3, 4, 5), policy=jax.checkpoint_policies.dots_saveable)
+def _normed_products(x_BTE, scale_E, weights, subscripts, config, how) -> list[jax.Array]:
+    """Products of weights with the normed x; what is kept is x, which is kept in any case."""
+    h_BTE = how.norm(x_BTE, scale_E, config.norm_epsilon)
+    return [how.project(s, h_BTE, w) for s, w in zip(subscripts, weights, strict=True)]
 
 
 @_again
