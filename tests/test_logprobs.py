@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vibejax import sharding
-from vibejax.losses.logprobs import TokenLogprobs, token_logprobs
+from vibejax.losses.logprobs import TokenLogprobs, token_logprobs, token_loss
 
 VOCAB = 50  # of 64 rows: 14 are padding
 CHUNK = 16  # of 2 x 37 tokens: the last chunk is not full
@@ -189,6 +189,98 @@ def test_meshes_equal_one_device(sizes, on_one_device):
         got = run(function, *jax.device_put(args, tuple(shardings)))
     check(got, want, rounding=1e-6)
     assert got[3].sharding.is_equivalent_to(shardings[1], 2), "laid out as the head is"
+
+
+def terms(logprobs, channels):
+    """A loss that is not linear in the log-probability, and sums of other things."""
+    logprob, entropy = logprobs
+    return jnp.sum(channels["weight"] * jnp.exp(0.1 * logprob)), {
+        "entropy": jnp.sum(entropy),
+        "tokens": jnp.sum(channels["weight"] != 0, dtype=jnp.float32),
+    }
+
+
+def together(x_BTE, head_VE, target_BT, needed_BT, weight_BT, vocab=VOCAB):
+    def loss(x_BTE, head_VE):
+        value, aux = token_loss(
+            terms, x_BTE, head_VE, target_BT, needed_BT,
+            {"weight": jnp.where(needed_BT, weight_BT, 0.0)},
+            vocab=vocab, temperature=TEMPERATURE, chunk_tokens=CHUNK,
+        )  # fmt: skip
+        return 3.0 * value, aux
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_BTE, head_VE)
+
+
+def apart(function, x_BTE, head_VE, target_BT, needed_BT, weight_BT, vocab=VOCAB):
+    def loss(x_BTE, head_VE):
+        logprobs = function(x_BTE, head_VE, target_BT, needed_BT, vocab=vocab)
+        value, metrics = terms(logprobs, {"weight": jnp.where(needed_BT, weight_BT, 0.0)})
+        return 3.0 * value, (metrics, logprobs)
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_BTE, head_VE)
+
+
+def check_loss(got, want, *, rounding):
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        bound = rounding * max(1.0, np.abs(np.asarray(w, np.float32)).max())
+        np.testing.assert_allclose(
+            np.asarray(g, np.float32), np.asarray(w, np.float32), rtol=rounding, atol=bound
+        )
+
+
+@pytest.mark.parametrize("share", ["none", "one", "some", "all"])
+def test_a_loss_equals_that_of_all_log_probs(share):
+    """Value, metrics, log-probs and both gradients; nothing is added by tokens left out."""
+    args = inputs()
+    if share != "some":
+        args[3][:] = share == "all"
+        args[3][1, 20] = share != "none"
+    compiled = functools.partial(jax.jit, compiler_options=QUICK)
+    got = compiled(together)(*args)
+    check_loss(got, compiled(functools.partial(apart, plain))(*args), rounding=2e-6)
+    assert got[0][1][0]["tokens"] == args[3].sum()
+    if share == "some":
+        assert np.abs(got[1][1]).max() > 0.01
+
+
+def test_a_loss_in_bfloat16_has_the_gradient_of_token_logprobs():
+    args = inputs(dtype=jnp.bfloat16)
+    compiled = functools.partial(jax.jit, compiler_options=QUICK)
+    got = compiled(together)(*args)
+    assert [y.dtype for y in got[1]] == [jnp.bfloat16, np.float32]
+    check_loss(got, compiled(functools.partial(apart, chunked))(*args), rounding=2**-8)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "tensor": 4}],
+    ids=str,
+)
+def test_a_loss_on_meshes_equals_one_device(sizes):
+    args = inputs(B=8, T=24, V=32, vocab=27)
+    run = jax.jit(functools.partial(together, vocab=27), compiler_options=QUICK)
+    want = run(*args)
+    mesh = sharding.make_mesh(sizes)
+    axes = [("batch", "length", None), ("vocab", "embed"), *[("batch", "length")] * 3]
+    shardings = [sharding.sharding(mesh, x.shape, *a) for x, a in zip(args, axes, strict=True)]
+    with jax.set_mesh(mesh):
+        got = run(*jax.device_put(args, tuple(shardings)))
+    check_loss(got, want, rounding=1e-6)
+    assert got[1][1].sharding.is_equivalent_to(shardings[1], 2), "laid out as the head is"
+
+
+def products(jaxpr):
+    """Products with the head in a program, bodies of loops included."""
+    own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+    return own + sum(products(inner) for inner in jax.extend.core.subjaxprs(jaxpr))
+
+
+def test_a_loss_multiplies_with_the_head_three_times():
+    """Its logits, and the gradients of both factors; `token_logprobs` computes logits again."""
+    args = inputs()
+    assert products(jax.make_jaxpr(together)(*args).jaxpr) == 3
+    assert products(jax.make_jaxpr(functools.partial(apart, chunked))(*args).jaxpr) == 4
 
 
 def largest_array(jaxpr):

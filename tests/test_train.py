@@ -12,6 +12,7 @@ import tiny
 from vibejax import optimizer, qwen2, sharding, train
 from vibejax.config.rl import RlConfig
 from vibejax.config.training import OptimizerConfig, TrainConfig
+from vibejax.losses import importance
 from vibejax.packing import Document
 from vibejax.policy_programs import SUMS, policy_loss
 
@@ -85,6 +86,26 @@ def test_no_split_packing_or_mesh_changes_the_gradient(whole, sizes, row_tokens,
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
     for a, b in zip(logprobs, whole[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_loss_of_single_tokens_has_the_gradient_of_one_of_whole_rows(whole, monkeypatch):
+    monkeypatch.setattr(importance, "of_one_token", lambda correction: False)
+    got, logprobs = gradient({}, 32, 9)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    for a, b in zip(logprobs, whole[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("correction", ["sequence_truncate", "sequence_mask", "geometric_mask"])
+def test_corrections_of_sequences_see_whole_rows(whole, correction):
+    """No split or packing changes their gradient either."""
+    edges = {"correction_low": 0.5, "correction_high": 20.0}
+    want = gradient({}, 32, 9, correction=correction, **edges)[0]
+    assert want.loss != whole[0].loss
+    got = gradient({}, 64, 2, correction=correction, **edges)[0]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def test_the_sampler_is_compared_with_the_policy_that_it_sampled_from(whole):
