@@ -173,6 +173,21 @@ def gradients(remat):
     return run(random_params(config), row, weight_BTE, config=config, remat=remat)
 
 
+def test_what_a_layer_keeps_for_the_backward_pass():
+    """By hand, with remat "none": of a layer's states its input and what attention left of it, not
+    what is normed of them; of the width of the MLP gate, up and their product.
+    """
+    config = CONFIGS["small"]
+    row = documents(config, (5, 4), 12)
+    run = functools.partial(qwen2.hidden_states, config=config)
+    kept = jax.eval_shape(
+        lambda params: jax.vjp(lambda params: run(params, *row), params)[1], random_params(config)
+    )
+    shapes = [x.shape for x in jax.tree.leaves(kept)]
+    assert shapes.count((config.layers, 1, 12, config.width)) == 2
+    assert shapes.count((config.layers, 1, 12, config.mlp)) == 3
+
+
 @pytest.mark.parametrize("remat", REMAT[1:])
 def test_rematerialisation_changes_nothing(remat):
     """Loss and gradients; `offload` goes through the CPU backend's host memory."""

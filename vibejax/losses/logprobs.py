@@ -295,7 +295,8 @@ def _gradients(settings, x_CE, head_VE, logit_CV, is_target_CV, lse_C, dlogprob_
     # log p <= 0; the bound keeps exp finite at tokens whose lse was not computed
     p_CV = jnp.exp(jnp.minimum(logit_CV - lse_C[:, None], 0.0))
     dlogit_CV = (is_target_CV - p_CV) * (dlogprob_C / settings.temperature)[:, None]
-    dlogit_CV = dlogit_CV.astype(x_CE.dtype)
+    # Without the barrier XLA for TPUs computes it in both products, and keeps the logits for that.
+    dlogit_CV = jax.lax.optimization_barrier(dlogit_CV.astype(x_CE.dtype))
     dx_CE = jnp.einsum("CV,VE->CE", dlogit_CV, head_VE, precision=_EXACT)
     dhead_VE = jnp.einsum(
         "CV,CE->VE", dlogit_CV, x_CE, precision=_EXACT, preferred_element_type=jnp.float32
