@@ -14,7 +14,7 @@ import pytest
 from vibejax import attention, decode, qwen2, sampler_copy
 from vibejax.kernels.pages import Pages
 from vibejax.kernels.row_copies import Copies
-from vibejax.losses.logprobs import token_logprobs
+from vibejax.losses.logprobs import token_logprobs, token_loss
 from vibejax.rope import Rope
 
 CONFIG = qwen2.ModelConfig(
@@ -72,27 +72,43 @@ def row():
     return [array(jnp.int32, ROWS, TOKENS)] * 3
 
 
-def loss(params, token_BT, position_BT, segment_BT, *, dtype, remat, implementation="auto"):
+def sum_of_terms(logprobs, channels):
+    return -jnp.sum(channels["weight"] * logprobs.logprob_BT), {}
+
+
+def of_single_tokens(*arguments, **settings):
+    weight_BT = arguments[3].astype(jnp.float32)
+    return token_loss(sum_of_terms, *arguments, {"weight": weight_BT}, **settings)[0]
+
+
+def of_whole_rows(*arguments, **settings):
+    return -jnp.sum(token_logprobs(*arguments, **settings).logprob_BT)
+
+
+def loss(
+    params, token_BT, position_BT, segment_BT, *, dtype, remat, implementation="auto",
+    of=of_single_tokens,
+):  # fmt: skip
     x_BTE = qwen2.hidden_states(
         params, token_BT, position_BT, segment_BT, CONFIG, dtype=dtype, remat=remat,
         implementation=implementation,
     )  # fmt: skip
-    out = token_logprobs(
+    return of(
         x_BTE, qwen2.head(params), token_BT, segment_BT > 0, vocab=CONFIG.vocab, chunk_tokens=CHUNK
     )
-    return -jnp.sum(out.logprob_BT)
 
 
+@pytest.mark.parametrize("of", [of_single_tokens, of_whole_rows])
 @pytest.mark.parametrize(
     "dtype, remat",
     [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "attention"), ("bfloat16", "offload")],
 )
-def test_training_rounds_no_float32_operand(dtype, remat):
-    step = jax.value_and_grad(functools.partial(loss, dtype=dtype, remat=remat))
+def test_training_rounds_no_float32_operand(dtype, remat, of):
+    step = jax.value_and_grad(functools.partial(loss, dtype=dtype, remat=remat, of=of))
     found = products(lowered(step, params(jnp.float32), *row()))
-    # A layer has 9, q k v o gate up down, the scores and their use, and the head is another;
-    # the backward pass has 2 of each, and the head's logits again.
-    assert len(found) >= 3 * (9 + 1) + 1
+    # A layer has 9, q k v o gate up down, the scores and their use, and the head is another; the
+    # backward pass has 2 of each. A loss of whole rows has the head's logits again.
+    assert len(found) >= 3 * (9 + 1) + (of is of_whole_rows)
     assert not rounded(found)
 
 
@@ -161,7 +177,7 @@ def test_what_a_profile_shows_has_names():
     step = jax.value_and_grad(functools.partial(loss, dtype="float32", remat="none"))
     trained = scopes(step, params(jnp.float32), *row())
     model = {"embed", "qkv", "out", "mlp"}
-    assert model | {"attention", "token_logprobs"} <= trained
+    assert model | {"attention", "token_loss"} <= trained
     in_place, copied = (scopes(*decoding("float32", copied)) for copied in (False, True))
     assert model | {"logits", "sample"} <= in_place & copied
     assert {"paged_attention", "write_pages"} <= in_place
