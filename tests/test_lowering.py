@@ -98,10 +98,15 @@ def loss(
     )
 
 
-@pytest.mark.parametrize("of", [of_single_tokens, of_whole_rows])
 @pytest.mark.parametrize(
-    "dtype, remat",
-    [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "attention"), ("bfloat16", "offload")],
+    "dtype, remat, of",
+    [
+        ("float32", "none", of_single_tokens),
+        ("float32", "none", of_whole_rows),
+        ("bfloat16", "none", of_single_tokens),
+        ("bfloat16", "attention", of_whole_rows),
+        ("bfloat16", "offload", of_single_tokens),
+    ],
 )
 def test_training_rounds_no_float32_operand(dtype, remat, of):
     step = jax.value_and_grad(functools.partial(loss, dtype=dtype, remat=remat, of=of))
