@@ -11,8 +11,8 @@ ours: temporaries in GiB by the compiler's memory analysis.
 peer: those of the plain form, log_softmax over all logits, by the same compiler for the same
     chip; it does not fit, so the figure is the one in the compiler's refusal.
 
-Prints one JSON object a row; exits with 1 if `token_logprobs` is not below 2 GiB everywhere. The loss
-holds a chunk's float32 logits beside their derivative, and is shown without a bound.
+Prints one JSON object a row; exits with 1 if `token_logprobs` is not below 2 GiB everywhere. The
+loss holds a chunk's float32 logits beside their derivative, and is shown without a bound.
 """
 
 import argparse
