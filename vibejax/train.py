@@ -174,11 +174,8 @@ def row_logprobs(
     temperature: float = 1.0,
 ) -> TokenLogprobs:
     """What the policy says of the targets of packed rows, where their loss weight is not 0."""
-    x_BTE = _hidden_states(params, rows, model, config, implementation)
-    head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
-    return token_logprobs(
-        x_BTE, head_VE, rows["target"], needed_BT, vocab=model.vocab, temperature=temperature
-    )
+    inputs = _head_inputs(params, rows, model, config, implementation)
+    return token_logprobs(*inputs, vocab=model.vocab, temperature=temperature)
 
 
 def row_loss(
@@ -195,17 +192,16 @@ def row_loss(
 
     `terms` is given the log-probs and `rows`, of some tokens at a time.
     """
-    x_BTE = _hidden_states(params, rows, model, config, implementation)
-    head_VE, needed_BT = qwen2.head(params), rows["weight"] > 0
+    inputs = _head_inputs(params, rows, model, config, implementation)
     loss, (metrics, logprobs) = token_loss(
-        terms, x_BTE, head_VE, rows["target"], needed_BT, rows,
-        vocab=model.vocab, temperature=temperature,
-    )  # fmt: skip
+        terms, *inputs, rows, vocab=model.vocab, temperature=temperature
+    )
     return loss, (metrics, logprobs.logprob_BT)
 
 
-def _hidden_states(params, rows, model, config, implementation) -> jax.Array:
-    return qwen2.hidden_states(
+def _head_inputs(params, rows, model, config, implementation) -> tuple[jax.Array, ...]:
+    """Hidden states, head, targets, and where a target's log-prob is needed."""
+    x_BTE = qwen2.hidden_states(
         params,
         rows["token"],
         rows["position"],
@@ -216,6 +212,7 @@ def _hidden_states(params, rows, model, config, implementation) -> jax.Array:
         implementation=implementation,
         place_BT=rows.get("place"),
     )
+    return x_BTE, qwen2.head(params), rows["target"], rows["weight"] > 0
 
 
 def place(rows: dict[str, np.ndarray], mesh: Mesh) -> Batch:
