@@ -255,6 +255,69 @@ def test_loops_by_hand(tokens, new, want):
     assert batching.loop_end(np.array(tokens), new, 3) == want
 
 
+def ends_in_a_loop(tokens, loop_tokens):
+    """Whether the last tokens stand at most 64 places before too."""
+    first = len(tokens) - loop_tokens
+    starts = range(max(0, first - batching.LOOP_PERIOD), first)
+    return any((tokens[s : s + loop_tokens] == tokens[first:]).all() for s in starts)
+
+
+@pytest.mark.parametrize("loop_tokens, new", [(3, 7), (12, 4), (20, 1), (70, 16)])
+def test_loops_are_those_that_are_found_one_by_one(loop_tokens, new):
+    random = np.random.default_rng(loop_tokens)
+    for _ in range(60):
+        cycle = random.integers(0, 3, random.integers(1, 70))
+        tokens = np.concatenate([random.integers(0, 3, random.integers(0, 90)), np.tile(cycle, 3)])
+        tokens = tokens[: max(new, len(tokens) - random.integers(0, 60))]
+
+        ends = range(max(loop_tokens, len(tokens) - new) + 1, len(tokens) + 1)
+        loops = [end for end in ends if ends_in_a_loop(tokens[:end], loop_tokens)]
+        assert batching.loop_end(tokens, new, loop_tokens) == (loops[0] if loops else None)
+
+
+def test_no_loop_ends_a_completion_before_its_least_length(params):
+    how = {"temperature": 0.0, "eos_ids": (), "loop_tokens": 10}
+    request = [Request(0, (1, 2), 60)]
+    early = run(make(params), request, **how)[0, 0]
+    late = run(make(params), request, **how, min_tokens=35)[0, 0]
+    assert early.stop == late.stop == "loop"
+    assert len(early.tokens) < 35 <= len(late.tokens) < 50
+
+
+def test_a_window_longer_than_the_context(params):
+    want = run(make(params))
+    found = run(make(params, window=64, context=29))
+    for key, c in want.items():
+        np.testing.assert_array_equal(found[key].tokens, c.tokens)
+
+
+def test_int8_pages_have_room_for_one_sequence_of_the_context(params):
+    config = {"slots": 1, "kv_dtype": "int8", "context": 36, "page_tokens": 4}
+    engine = make(params, **config)
+    assert engine.memory.pages == 16  # 9 would do; a multiple of 8
+    assert len(run(engine, [Request(0, (1,) * 4, 32)])[0, 0].tokens) > 0
+
+
+@pytest.mark.parametrize("samples", [1, 16])
+def test_few_prompts_keep_all_devices_busy(params, samples):
+    engine = make(params, devices=jax.devices()[:4], slots=16)
+    found = run(engine, [Request(0, (1, 2), 40, samples=samples)], eos_ids=())
+    assert sorted(found) == [(0, sample) for sample in range(samples)]
+    assert engine.counts.windows == 10
+    alone = run(make(params, slots=16), [Request(0, (1, 2), 40, samples=samples)], eos_ids=())
+    for key, c in alone.items():
+        np.testing.assert_array_equal(found[key].tokens, c.tokens)
+
+
+def test_what_is_learnt_of_a_prompt_is_of_its_tokens_and_limit(params):
+    engine = make(params, slots=1)
+    long, short = Request(0, (5, 6), 12), Request(1, (7, 8), 3)
+    run(engine, [long, short], eos_ids=())
+    list(engine.generate([Request(0, (5, 6), 2), Request(0, (1,), 1)], Sampling()))
+    done = engine.generate([short, long], Sampling(eos_ids=()))
+    assert [c.request for c in done] == [1, 0]  # the longer first, still
+
+
 def test_logits_that_are_not_numbers_end_their_request_only(params):
     """Token 30 has an embedding of NaN: prompts with it fail, the others do not change."""
     want = run(make(params), eos_ids=(), **{})
@@ -290,6 +353,8 @@ BAD_REQUESTS = {
     "no tokens": (Request(4, (), 12), "prompt 4: has no tokens"),
     "max tokens": (Request(4, (1,), 0), "prompt 4: max_tokens 0 and samples 1 must be at least 1"),
     "vocabulary": (Request(4, (36,), 3), "prompt 4: has tokens outside of the vocabulary of 36"),
+    "identity": (Request(-4, (1,), 3), "prompt -4: prompt and numbers must be at least 0"),
+    "number": (Request(4, (1,), 3, numbers=(2**32,)), "prompt 4: prompt and numbers must be"),
 }
 
 
@@ -304,10 +369,23 @@ def test_a_request_that_cannot_be_used_is_named(params, name):
 
 def test_settings_that_cannot_be_used(params):
     engine = make(params)
-    with pytest.raises(EngineError, match=r"eos_ids \(36,\): must be in \[0, 36\)"):
-        engine.generate([], Sampling(eos_ids=(36,)))
-    with pytest.raises(EngineError, match="top_p 0: must be"):
-        engine.generate([], Sampling(top_p=0))
+    for how, message in (
+        ({"eos_ids": (36,)}, r"eos_ids \(36,\): must be a tuple of ids in \[0, 36\)"),
+        ({"eos_ids": [3]}, r"eos_ids \[3\]: must be a tuple"),
+        ({"top_p": 0}, "top_p 0: must be"),
+        ({"top_k": 2**31}, "top_k 2147483648: must be at least 0 and below"),
+        ({"min_tokens": 2**31}, "min_tokens 2147483648: must be"),
+        ({"temperature": 1e-30}, "temperature 1e-30: must be 0 or in"),
+        ({"temperature": float("inf")}, "temperature inf: must be 0 or in"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            engine.generate([], Sampling(**how))
+    with pytest.raises(EngineError, match="seed -1: must be at least 0 and below"):
+        engine.generate([], Sampling(), seed=-1)
+    with pytest.raises(EngineError, match="params: layers are stacked"):
+        Engine(params, EngineConfig(model=MODEL), DEVICE)
+    with pytest.raises(EngineError, match="params: bfloat16, the engine was made for float32"):
+        engine.load(sampler_copy.make(params, MODEL, "bfloat16"))
     with pytest.raises(EngineError, match="slots 0: must be at least 1"):
         make(params, slots=0)
     with pytest.raises(EngineError, match="page_tokens 3: int8 pages"):
@@ -325,10 +403,29 @@ def test_a_closed_or_reloaded_engine(params):
     engine.load(sampler_copy.make(params, MODEL, "float32"))
     with pytest.raises(EngineError, match="closed, loaded or asked"):
         list(first)
+    waits = engine.generate(REQUESTS, Sampling())
     engine.release()
+    with pytest.raises(EngineError, match="closed, loaded or asked"):
+        next(waits)
     with pytest.raises(EngineError, match="has no parameters"):
         engine.generate(REQUESTS, Sampling())
     engine.close()
     for use in (lambda: engine.generate(REQUESTS, Sampling()), lambda: engine.load(params)):
         with pytest.raises(EngineError, match="the engine is closed"):
             use()
+
+
+def test_requests_that_were_given_up_change_nothing(params):
+    """One that had not begun, and a list that its owner empties."""
+    engine, mine = make(params), list(REQUESTS)
+    how = Sampling(eos_ids=EOS)
+    old = engine.generate([Request(50, (4, 5, 6), 12)], how)
+    new = engine.generate(mine, how, seed=5, step=2)
+    mine.clear()
+    found = [next(new)]
+    with pytest.raises(EngineError, match="closed, loaded or asked"):
+        next(old)
+    found += new
+    for key, c in run(make(params)).items():
+        (got,) = (x for x in found if (x.request, x.sample) == key)
+        np.testing.assert_array_equal(got.tokens, c.tokens)

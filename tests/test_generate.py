@@ -68,3 +68,24 @@ def test_completions_stand_beside_all_of_the_record(whole):
     rows = [json.loads(line) for line in (whole / "whole.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "completions"} for row in rows] == tiny.TASK[:4]
     assert all(len(row["completions"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--prompt", "1+1=", "--out", "F"), "--out: is for --prompts"),
+        (("--prompts", "F", "--raw"), "--raw: is for --prompt; records say"),
+        (("--prompts", "F", "--out", "./F"), "--out ./F: is the file of the prompts"),
+    ],
+)
+def test_options_that_would_do_nothing(capsys, options, message):
+    with pytest.raises(SystemExit):
+        generate.main([POLICY, *options])
+    assert message in capsys.readouterr().err
+
+
+def test_one_sequence_with_int8_pages(capsys):
+    """With the default limit of 512 tokens."""
+    generate.main([POLICY, "--prompt", "1+1=", "--raw", "--kv-dtype", "int8", "--temperature", "0"])
+    printed = capsys.readouterr()
+    assert printed.out.strip() and "engine memory of a device: weights" in printed.err

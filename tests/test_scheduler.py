@@ -121,10 +121,12 @@ def test_a_dry_pool_puts_the_youngest_back_and_loses_nothing():
 
 
 def test_a_job_that_can_never_fit_is_refused():
-    scheduler = make(1, 4, 4, 2)
-    scheduler.check(Job(0, 6, 1, 10))
-    with pytest.raises(PoolTooSmallError, match="a prompt of 7 tokens and 10 more need 5"):
-        scheduler.check(Job(0, 7, 1, 10))
+    largest = Job(0, 7, 1, 10)  # its last token is drawn, and never cached
+    scheduler = make(1, 4, 4, 2, [largest])
+    scheduler.check(largest)
+    assert drain(scheduler, {(0, 0): 10}) == [(0, 0, 10)]
+    with pytest.raises(PoolTooSmallError, match="a prompt of 8 tokens and 10 more need 5"):
+        scheduler.check(Job(0, 8, 1, 10))
 
 
 def test_devices_take_from_one_queue():
@@ -136,6 +138,22 @@ def test_devices_take_from_one_queue():
     assert not queue and not parts[0].idle
 
 
+def test_a_device_goes_on_with_the_samples_of_what_it_has_begun():
+    queue = Queue()
+    queue.submit([Job(0, 3, 6, 8), Job(1, 3, 1, 8)])
+    parts = [Scheduler(queue, 4, 20, 4, 2) for _ in range(2)]
+    plans = [part.plan(most=2) for part in parts]
+    assert [[s.job.id for s in plan.started] for plan in plans] == [[0] * 4, [1]]
+
+
+def test_a_job_in_parts_has_the_same_samples():
+    parts = Job(5, 3, 7, 8, 2.0).split(3)
+    assert [(job.first_sample, job.samples) for job in parts] == [(0, 3), (3, 3), (6, 1)]
+    done = drain(make(4, 30, 4, 2, parts), {(5, sample): 3 for sample in range(7)})
+    assert sorted(done) == [(5, sample, 3) for sample in range(7)]
+    assert Job(5, 3, 2, 8).split(4) == [Job(5, 3, 1, 8), Job(5, 3, 1, 8, first_sample=1)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_everything_ends_no_page_leaks_and_none_is_written_by_two(data):
@@ -143,7 +161,7 @@ def test_everything_ends_no_page_leaks_and_none_is_written_by_two(data):
     page_tokens, window = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     shapes = st.tuples(st.integers(1, 12), st.integers(1, 4), st.integers(1, 20))
     sizes = draw(st.lists(shapes, max_size=5))
-    least = max((-(-(p + m) // page_tokens) for p, _, m in sizes), default=1)
+    least = max((-(-(p + m - 1) // page_tokens) for p, _, m in sizes), default=1)
     pages, slots = least + draw(st.integers(0, 12)), draw(st.integers(1, 5))
     expected = draw(st.lists(st.none() | st.floats(0, 30), min_size=5, max_size=5))
     jobs = [Job(i, p, g, m, expected[i]) for i, (p, g, m) in enumerate(sizes)]

@@ -7,7 +7,7 @@ Shape suffixes: as in decode.py.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -281,7 +281,7 @@ def loop_end(tokens: np.ndarray, new: int, loop_tokens: int) -> int | None:
     """
     begin = max(0, len(tokens) - new - loop_tokens + 1)  # the first that can count
     ends = []
-    for period in range(1, min(LOOP_PERIOD, len(tokens) - 1) + 1):
+    for period in _periods(tokens, new, loop_tokens):
         start = max(begin, period)
         same = tokens[start:] == tokens[start - period : len(tokens) - period]
         if same.sum() < loop_tokens:
@@ -292,3 +292,19 @@ def loop_end(tokens: np.ndarray, new: int, loop_tokens: int) -> int | None:
         if runs.size:
             ends.append(start + edges[runs[0]] + 1 + loop_tokens)
     return int(min(ends)) if ends else None
+
+
+def _periods(tokens: np.ndarray, new: int, loop_tokens: int) -> Iterable[int]:
+    """The periods that a loop which ends among the `new` tokens can have: mostly none.
+
+    Such a loop has all tokens from C - loop_tokens to C - new; the last few of them are looked at.
+    """
+    longest, end = min(LOOP_PERIOD, len(tokens) - 1), len(tokens) - new + 1
+    begin = max(end - 8, len(tokens) - loop_tokens)
+    if begin >= end or begin <= longest:
+        return range(1, longest + 1)
+    before = np.lib.stride_tricks.sliding_window_view(
+        tokens[begin - longest : end - 1], end - begin
+    )
+    same = (before == tokens[begin:end]).all(axis=1)
+    return longest - np.flatnonzero(same)

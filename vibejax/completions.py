@@ -124,22 +124,28 @@ def check_config(config: EngineConfig, parts: int) -> None:
         )
 
 
-def check_sampling(how: Sampling, model: ModelConfig) -> None:
+def check_sampling(how: Sampling, model: ModelConfig, seed: int, step: int) -> None:
     """Whether tokens can be drawn so.
 
     Raises:
         EngineError: a value is out of range.
     """
-    for name, holds, rule in (
-        ("temperature", how.temperature >= 0, "at least 0"),
-        ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
-        ("top_k", how.top_k >= 0, "at least 0"),
-        ("min_tokens", how.min_tokens >= 0, "at least 0"),
-        ("loop_tokens", how.loop_tokens >= 0, "at least 0"),
-        ("eos_ids", all(0 <= i < model.vocab for i in how.eos_ids), f"in [0, {model.vocab})"),
-    ):
+    eos_fit = isinstance(how.eos_ids, tuple) and all(0 <= i < model.vocab for i in how.eos_ids)
+    for name, value, holds, rule in (
+        # Beyond these a logit becomes infinite, or that of a token which must not be drawn does not
+        # lie below all others.
+        ("temperature", how.temperature, how.temperature == 0 or 1e-4 <= how.temperature <= 1e4,
+         "0 or in [1e-4, 1e4]"),
+        ("top_p", how.top_p, 0 < how.top_p <= 1, "in (0, 1]"),
+        ("top_k", how.top_k, 0 <= how.top_k < 2**31, "at least 0 and below 2**31"),
+        ("min_tokens", how.min_tokens, 0 <= how.min_tokens < 2**31, "at least 0 and below 2**31"),
+        ("loop_tokens", how.loop_tokens, how.loop_tokens >= 0, "at least 0"),
+        ("eos_ids", how.eos_ids, eos_fit, f"a tuple of ids in [0, {model.vocab})"),
+        ("seed", seed, 0 <= seed < 2**32, "at least 0 and below 2**32"),
+        ("step", step, 0 <= step < 2**32, "at least 0 and below 2**32"),
+    ):  # fmt: skip
         if not holds:
-            raise EngineError(f"{name} {getattr(how, name)}: must be {rule}")
+            raise EngineError(f"{name} {value}: must be {rule}")
 
 
 def check_request(request: Request, context: int, model: ModelConfig) -> None:
@@ -151,6 +157,8 @@ def check_request(request: Request, context: int, model: ModelConfig) -> None:
     name, length = f"prompt {request.prompt}", len(request.tokens)
     if not length:
         raise EngineError(f"{name}: has no tokens")
+    if any(not 0 <= number < 2**32 for number in (request.prompt, *request.numbers)):
+        raise EngineError(f"{name}: prompt and numbers must be at least 0 and below 2**32")
     if request.max_tokens < 1 or request.samples < 1:
         raise EngineError(
             f"{name}: max_tokens {request.max_tokens} and samples {request.samples} must be at "

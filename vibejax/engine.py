@@ -90,11 +90,15 @@ class Engine:
         Raises:
             EngineError: a size cannot be used, or the plan does not fit.
         """
+        if not isinstance(params["layers"], list):
+            raise EngineError("params: layers are stacked; sampler_copy.make gives an engine's")
+        self.context = config.context or config.model.context
+        # No sequence has more steps than the context: the copies have no room for them.
+        config = dataclasses.replace(config, window=min(config.window, self.context))
         self.config, self.counts = config, Counts()
         self.dtype = params["norm"].dtype
         self.kv_dtype = kv_dtype(config, self.dtype)
         self.mesh = engine_mesh(config.model, config.tensor, devices)
-        self.context = config.context or config.model.context
         self._parts = sharding.ways(self.mesh, "batch")
         check_config(config, self._parts)
         self._entries = -(-self.context // config.page_tokens)
@@ -105,19 +109,28 @@ class Engine:
             self.dtype,
             parts=self._parts,
             copied=self.has_copies,
-            limit_bytes=config.memory_bytes or memory_plan.device_bytes(self.mesh.local_devices[0]),
+            limit_bytes=config.memory_bytes or memory_plan.engine_bytes(self.mesh.local_devices[0]),
         )
         self.params = params if isinstance(params["norm"], jax.Array) else None
         self._pools: decode.Pools | None = None
         self._copies, self._copies_shape = None, None
         self._closed, self._runs = False, 0
-        # Of each prompt: when it was last completed, how often then, and with how many tokens.
-        self._lengths: dict[int, tuple[int, int, int]] = {}
+        # Of a prompt's tokens with a limit: when they were last completed, how often then, and with
+        # how many tokens. Other files, and the canary, number their prompts alike.
+        self._lengths: dict[tuple[tuple[int, ...], int], tuple[int, int, int]] = {}
 
     def load(self, params: Params) -> None:
-        """Takes other parameters of the same shapes; whatever was being generated ends."""
+        """Takes other parameters of the same shapes; whatever was being generated ends.
+
+        Raises:
+            EngineError: the engine is closed, or they are of another dtype.
+        """
         if self._closed:
             raise EngineError("the engine is closed")
+        if params["norm"].dtype != self.dtype:
+            raise EngineError(
+                f"params: {params['norm'].dtype}, the engine was made for {self.dtype}"
+            )
         self.params = params
         self._runs += 1
 
@@ -139,8 +152,8 @@ class Engine:
         Args:
             requests: the prompts.
             how: the distribution.
-            seed: of the run.
-            step: optimizer step, or another number for draws of another kind.
+            seed: of the run, below 2**32.
+            step: optimizer step, or another number for draws of another kind; below 2**32.
 
         Returns:
             The completions as they finish. Any other call of the engine ends it.
@@ -150,8 +163,8 @@ class Engine:
         """
         if self._closed or self.params is None:
             raise EngineError(f"the engine {'is closed' if self._closed else 'has no parameters'}")
-        check_sampling(how, self.config.model)
-        queue = Queue()
+        check_sampling(how, self.config.model, seed, step)
+        requests, queue = tuple(requests), Queue()
         parts = [
             Scheduler(
                 queue, self.config.slots // self._parts, self.memory.pages,
@@ -164,19 +177,21 @@ class Engine:
             check_request(request, self.context, self.config.model)
             job = Job(
                 n, len(request.tokens), request.samples, request.max_tokens,
-                self._expected(request.prompt),
+                self._expected(request),
             )  # fmt: skip
             try:
                 parts[0].check(job)
             except PoolTooSmallError as error:
                 raise EngineError(f"prompt {request.prompt}: {error}") from None
-            jobs.append(job)
+            # Fewer prompts than devices: each lets several work.
+            jobs += job.split(-(-self._parts // len(requests)))
         queue.submit(jobs)
         self._runs += 1
         self.counts = Counts()
         return self._run(requests, queue, parts, how, np.uint32(seed), np.uint32(step), self._runs)
 
     def _run(self, requests, queue, parts, how, seed, step, run) -> Iterator[Completion]:
+        self._require(run)
         drafts: dict[Running, Draft] = {}
         tables = batching.Tables(self._parts, parts[0].slots, self._entries)
         places = batching.Places(self._parts, parts[0].slots, keeps=self.has_copies)
@@ -199,13 +214,16 @@ class Engine:
                 drawn = self._window(places, drafts, tables, how, seed, step)
             yield from ended  # while the device works
             progress.beat()
-            if run != self._runs:
-                raise EngineError("the engine was closed, loaded or asked for something else")
+            self._require(run)
             drawn = jax.device_get(drawn)
             began = time.perf_counter()
             ended = self._account(places, drawn, parts, requests, drafts, how) if drawn else []
             self.counts.put_back = sum(part.put_back_count for part in parts)
         yield from ended
+
+    def _require(self, run: int) -> None:
+        if run != self._runs:
+            raise EngineError("the engine was closed, loaded or asked for something else")
 
     def _fill(self, plans, requests, drafts) -> None:
         """Computes a chunk of all that waits for it."""
@@ -284,8 +302,9 @@ class Engine:
                 draft, count = drafts[sequence], int(drawn.count_B[b])
                 draft.extend(drawn.token_BW[b, :count], drawn.logprob_BW[b, :count])
                 stop = STOPS.get(int(drawn.why_B[b]))
-                if how.loop_tokens and stop != "not_finite":
-                    end = batching.loop_end(draft.tokens[: draft.count], count, how.loop_tokens)
+                new = min(count, draft.count - how.min_tokens + 1)  # may end in a loop
+                if how.loop_tokens and new > 0 and stop != "not_finite":
+                    end = batching.loop_end(draft.tokens[: draft.count], new, how.loop_tokens)
                     if end is not None and (end < draft.count or stop is None):
                         draft.count, stop = end, "loop"
                 sampled[sequence.slot] = draft.count - sequence.sampled
@@ -294,7 +313,7 @@ class Engine:
             for sequence, stop in zip(part.account(sampled, stops), stops.values(), strict=True):
                 draft = drafts.pop(sequence)
                 self.counts.tokens += draft.count
-                self._learn(requests[sequence.job.id].prompt, draft.count)
+                self._learn(requests[sequence.job.id], draft.count)
                 completions.append(
                     Completion(
                         sequence.job.id, draft.sample, draft.tokens[: draft.count].copy(),
@@ -303,17 +322,18 @@ class Engine:
                 )  # fmt: skip
         return completions
 
-    def _learn(self, prompt: int, tokens: int) -> None:
+    def _learn(self, request: Request, tokens: int) -> None:
         """Keeps the mean length of a prompt's latest completions, by which it will be queued."""
-        run, count, total = self._lengths.get(prompt, (self._runs, 0, 0))
+        key = request.tokens, request.max_tokens
+        run, count, total = self._lengths.get(key, (self._runs, 0, 0))
         if run != self._runs:
             run, count, total = self._runs, 0, 0
-        self._lengths[prompt] = run, count + 1, total + tokens
+        self._lengths[key] = run, count + 1, total + tokens
 
-    def _expected(self, prompt: int) -> float | None:
-        if prompt not in self._lengths:
+    def _expected(self, request: Request) -> float | None:
+        if (request.tokens, request.max_tokens) not in self._lengths:
             return None
-        _, count, total = self._lengths[prompt]
+        _, count, total = self._lengths[request.tokens, request.max_tokens]
         return total / count
 
     def _take_pools(self) -> decode.Pools:
@@ -382,7 +402,7 @@ def plan_memory(
             rows=config.slots // parts,
             context=-(-context // config.page_tokens) * config.page_tokens,
             page_tokens=config.page_tokens,
-            pool_tokens=config.pool_tokens // parts,
+            pool_tokens=-(-config.pool_tokens // parts),
             chunk_tokens=config.chunk_tokens,
             kv_dtype=kv_dtype(config, dtype),
             dtype=dtype,

@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="go on behind what the same command has written to --out")  # fmt: skip
     parser.add_argument("--raw", action="store_true", help="encode TEXT as it is, without a chat")
     parser.add_argument("--samples", type=int, default=1, help="completions of each prompt")
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest completion")
+    parser.add_argument("--max-tokens", type=int, default=None,
+                        help="longest completion; default: 512, or half of a shorter context")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0, help="0 decodes greedily")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all")
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     """
     for name, holds, rule in (
         ("samples", args.samples >= 1, "at least 1"),
-        ("max-tokens", args.max_tokens >= 1, "at least 1"),
+        ("max-tokens", args.max_tokens is None or args.max_tokens >= 1, "at least 1"),
         ("temperature", args.temperature >= 0, "at least 0"),
         ("top-p", 0 < args.top_p <= 1, "in (0, 1]"),
         ("top-k", args.top_k >= 0, "at least 0"),
@@ -78,10 +79,17 @@ def run(args: argparse.Namespace) -> None:
         if not holds:
             value = getattr(args, name.replace("-", "_"))
             raise InputError(f"--{name} {value}: must be {rule}")
+    if args.raw and args.prompts is not None:
+        raise InputError("--raw: is for --prompt; records say `prompt` or `messages`")
+    if args.out is not None and args.prompt is not None:
+        raise InputError("--out: is for --prompts; the completion of --prompt is printed")
+    if args.out is not None and Path(args.out).resolve() == Path(args.prompts).resolve():
+        raise InputError(f"--out {args.out}: is the file of the prompts")
     programs.prepare()
     path = weights.locate(args.model)
     model = weights.load_config(path)
     tokens = tokenizer.load(path)
+    args.max_tokens = args.max_tokens or min(512, -(-model.context // 2))
     dtype = jnp.dtype(args.dtype or qwen2.default_dtype())
     settings = _settings(args, path, dtype) if args.out is not None else {}
     requests, records = _requests(args, tokens, model.context - args.max_tokens)
@@ -107,8 +115,9 @@ def run(args: argparse.Namespace) -> None:
         kv_dtype=args.kv_dtype,
     )
     mesh = engine_mesh(model, 1, devices)
-    params = weights.load_params(path, model, mesh, dtype)
-    engine = Engine(sampler_copy.make(params, model, dtype, mesh), config, devices)
+    params = sampler_copy.make(weights.load_params(path, model, mesh, dtype), model, dtype, mesh)
+    engine = Engine(params, config, devices)
+    print(engine.memory, file=sys.stderr)
     groups = _groups(engine, requests, how, args.seed)
     if args.prompt is not None:
         for completion in next(groups):
@@ -202,7 +211,10 @@ def _resumed(args: argparse.Namespace, records: list[data.Record], settings: dic
     if not path.exists():
         return 0
     beside = _settings_file(path)
-    stored = json.loads(beside.read_text()) if beside.is_file() else {}
+    try:
+        stored = dict(json.loads(beside.read_text())) if beside.is_file() else {}
+    except ValueError:
+        raise InputError(f"--resume: {beside} is not a JSON object; start {path} anew") from None
     for name, value in settings.items():
         if stored.get(name) != value:
             raise InputError(

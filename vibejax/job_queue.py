@@ -20,6 +20,7 @@ class Job:
         samples: completions G.
         max_tokens: longest completion.
         expected_tokens: of a completion, by what is known of it; None: the mean of all so far.
+        first_sample: the number of the first of them.
     """
 
     id: int
@@ -27,6 +28,16 @@ class Job:
     samples: int
     max_tokens: int
     expected_tokens: float | None = None
+    first_sample: int = 0
+
+    def split(self, parts: int) -> list["Job"]:
+        """Its samples as at most `parts` jobs, which can begin on different devices."""
+        most, jobs = -(-self.samples // parts), []
+        for first in range(0, self.samples, most):
+            samples = min(most, self.samples - first)
+            job = dataclasses.replace(self, samples=samples, first_sample=self.first_sample + first)
+            jobs.append(job)
+        return jobs
 
 
 class Queue:

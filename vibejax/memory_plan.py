@@ -137,9 +137,13 @@ def plan(
     temporary = temporary_bytes(model, rows, chunk_tokens, dtype, tensor)
     whole = rows * context // page_tokens
     fits = max(0, limit_bytes - weight_bytes - temporary) // (page + copy_of_page)
-    pages = -(-pool_tokens // page_tokens) if pool_tokens else min(whole, fits)
-    if kv_dtype == jnp.int8:
-        pages = pages // 8 * 8 or 8  # in other numbers a TPU copies the scales to write some
+    unit = (
+        8 if kv_dtype == jnp.int8 else 1
+    )  # in other numbers a TPU copies the scales to write some
+    wanted = -(-pool_tokens // page_tokens) or whole
+    pages = -(-wanted // unit) * unit
+    if not pool_tokens:
+        pages = min(pages, fits // unit * unit)
     found = MemoryPlan(
         weight_bytes, page, pages, temporary + min(pages, whole) * copy_of_page, limit_bytes
     )
@@ -187,6 +191,11 @@ def trainer_line(state: TrainState, device: jax.Device) -> str:
         f"optimizer {moments / GIB:.2f} GiB, while it learns gradients {weights / GIB:.2f} GiB, "
         f"of {device_bytes(device) / GIB:.2f} GiB"
     )
+
+
+def engine_bytes(device: jax.Device) -> int:
+    """Memory of a device that an engine may plan with where it has the device for itself."""
+    return int((1 - SPARE_SHARE) * device_bytes(device))
 
 
 def device_bytes(device: jax.Device) -> int:

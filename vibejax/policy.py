@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vibejax import benchmarks, data, meshes, rollout, sampler_copy, tokenizer, weights
+from vibejax import (
+    benchmarks,
+    data,
+    distributed,
+    meshes,
+    rollout,
+    sampler_copy,
+    tokenizer,
+    weights,
+)
 from vibejax.completions import Completion
 from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
@@ -102,11 +111,10 @@ def load_engine(
     """An engine on this process's devices of `mesh`, with the checkpoint's weights."""
     on = engine_mesh(policy.model, config.tensor, mesh.local_devices)
     params = weights.load_params(policy.path, policy.model, mesh, jnp.dtype(dtype))
-    return Engine(
-        sampler_copy.make(params, policy.model, jnp.dtype(dtype), on),
-        rollout.engine_config(config, policy.model),
-        mesh.local_devices,
-    )
+    params = sampler_copy.make(params, policy.model, jnp.dtype(dtype), on)
+    engine = Engine(params, rollout.engine_config(config, policy.model), mesh.local_devices)
+    distributed.announce(engine.memory)
+    return engine
 
 
 def answers(

@@ -57,7 +57,7 @@ class Running:
 
     Attributes:
         job: what it completes.
-        sample: which of the job's completions.
+        sample: which of the prompt's completions.
         sampled: tokens drawn so far, kept while it is put back.
         pages: its pages, the prompt's shared ones first; empty while put back.
         shared: how many of them are the prompt's.
@@ -98,12 +98,12 @@ class _Group:
 
     Attributes:
         job: whose samples.
-        next_sample: the first that has not started.
+        started: how many have started.
         fill: of the prompt; None: not in the cache.
     """
 
     job: Job
-    next_sample: int = 0
+    started: int = 0
     fill: Fill | None = None
 
 
@@ -157,7 +157,7 @@ class Scheduler:
         Raises:
             PoolTooSmallError: it could outgrow the pool.
         """
-        most = self._pages_of(job.prompt_tokens + job.max_tokens)
+        most = self._pages_of(job.prompt_tokens + job.max_tokens - 1)  # the last is not cached
         if most > self.pool.size:
             raise PoolTooSmallError(
                 f"a prompt of {job.prompt_tokens} tokens and {job.max_tokens} more need {most} "
@@ -172,21 +172,22 @@ class Scheduler:
     @property
     def outstanding(self) -> int:
         """Completions of jobs begun here that are not there yet."""
-        to_start = self._group.job.samples - self._group.next_sample if self._group else 0
+        to_start = self._group.job.samples - self._group.started if self._group else 0
         return len(self.running) + len(self._waiting) + to_start
 
     def plan(self, most: int | None = None) -> Plan:
         """Fills free slots and gives every running sequence its pages for the window.
 
         Args:
-            most: sequences to run here; None: as many as there are slots.
+            most: no job begins while so many sequences run here; None: as many as there are slots.
+                The samples of one that has begun are nobody else's.
         """
         self._close()
         put_back = self._make_room()
         self._reserve = sum(self._missing(s, HEADROOM) for s in self.running.values())
         started: list[Running] = []
-        while self._free_slots and len(self.running) < (self.slots if most is None else most):
-            sequence = self._next()
+        while self._free_slots:
+            sequence = self._next(may_begin=most is None or len(self.running) < most)
             if sequence is None:
                 break
             sequence.slot = heapq.heappop(self._free_slots)
@@ -246,7 +247,7 @@ class Scheduler:
                 sequence.pages += self.pool.take(self._missing(sequence))
         return put_back
 
-    def _next(self) -> Running | None:
+    def _next(self, may_begin: bool) -> Running | None:
         """The sequence that the next free slot takes, with its pages; None if none fits."""
         if self._waiting:
             sequence = self._waiting[0][1]
@@ -256,12 +257,12 @@ class Scheduler:
             heapq.heappop(self._waiting)
             return sequence
         if self._group is None:
-            job = self.queue.longest_expected()
+            job = self.queue.longest_expected() if may_begin else None
             if job is None:
                 return None
             self._group = _Group(job)
         group = self._group
-        if group.fill is None and group.job.samples - group.next_sample > 1:
+        if group.fill is None and group.job.samples - group.started > 1:
             first_window = min(self.window, group.job.max_tokens)
             needed = self._pages_of(group.job.prompt_tokens + first_window) + 1
             if needed + self._reserve <= self.pool.free:
@@ -271,11 +272,11 @@ class Scheduler:
                 self._fills.append(group.fill)
             elif self.running:
                 return None
-        sequence = Running(group.job, group.next_sample)
+        sequence = Running(group.job, group.job.first_sample + group.started)
         if not self._give(sequence, group.fill):
             return None
-        group.next_sample += 1
-        if group.next_sample == group.job.samples:
+        group.started += 1
+        if group.started == group.job.samples:
             if group.fill is not None:
                 self._closing.append(group.fill)
             self._group = None
