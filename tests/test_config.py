@@ -52,6 +52,9 @@ def test_every_shipped_config_loads(cls, path):
         ('[objective]\naggregation = "mean"', "objective.aggregation = 'mean': must be 'sequence'"),
         ("[rollout]\nslots = 0", "rollout.slots = 0"),
         ("[train]\nrow_tokens = 9", "train.row_tokens = 9 must be at least rollout.max_prompt_to"),
+        ("[rolout]\ngroup_size = 4", "unknown key rolout.group_size; did you mean rollout.group_"),
+        ('resume = "True"', "resume = 'True': must be false, true or 'auto'"),
+        ("[rollout]\nmin_tokens = 90000", "rollout: min_tokens = 90000 is above max_completion_"),
         ("steps = ", "not valid TOML"),
     ],
 )
@@ -85,7 +88,10 @@ def test_overrides_win_and_bare_words_are_strings(tmp_path):
 def test_resolved_configuration_reads_back(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(BASE)
-    want = load(RlConfig, path, ['out=a "quoted" name', "optimizer.learning_rate=3e-7"])
+    want = load(
+        RlConfig, path,
+        ['out=a "quoted" name\x7f', "optimizer.learning_rate=3e-7", "optimizer.clip_norm=inf"],
+    )  # fmt: skip
     path.write_text(config_file.dump(want))
     assert load(RlConfig, path) == want
 

@@ -36,6 +36,7 @@ def write(path, *lines):
         (('{"prompt": 1}',), ":1: has neither 'messages' nor a 'prompt' text"),
         (('{"messages": [{"role": "user"}]}',), ":1: messages must be a list of"),
         (('{"prompt": ""}',), ":1: the prompt is empty"),
+        (('{"prompt": ' + "1" * 5_000 + "}",), ":1: not a JSON object"),
         ((r'{"prompt": "1\ud83d"}',), r":1: the text holds '\ud83d', half of a character"),
         (('{"prompt": "1"}', '{"prompt": "1+2+3+4"}'), ":2: the prompt has 7 tokens, more than"),
     ],
@@ -43,14 +44,34 @@ def write(path, *lines):
 def test_bad_prompt_files_are_named_by_line(tmp_path, tokens, lines, message):
     path = write(tmp_path / "p.jsonl", *lines)
     with pytest.raises(DataError) as error:
-        data.read_prompts(path, tokens, max_tokens=6)
+        data.read_prompts(path, tokens, vocab=tokens.vocab, max_tokens=6)
     assert str(error.value).startswith(str(path))
     assert message in str(error.value)
 
 
+def test_a_prompt_with_a_token_that_the_model_does_not_know(tmp_path, tokens):
+    path = write(tmp_path / "p.jsonl", '{"prompt": "1"}', '{"prompt": "12"}')
+    known = max(tokens.encode("1"))
+    with pytest.raises(DataError, match=rf"p\.jsonl:2: .* is token {known + 1}, the model knows"):
+        data.read_prompts(path, tokens, vocab=known + 1, max_tokens=6)
+    write(path, json.dumps({"prompt": "1", "completion": "2"}))
+    limits = {"max_tokens": 6, "limited_by": "a test", "longer": "error"}
+    with pytest.raises(DataError, match=r"p\.jsonl:1: .* the model knows those below 1"):
+        data.read_demonstrations(path, tokens, vocab=1, **limits)
+
+
+@pytest.mark.parametrize("truth", [["2"], True, {"a": 1}, float("nan")])
+def test_a_ground_truth_that_no_answer_equals(tmp_path, tokens, truth):
+    record = {"prompt": "1", "verifier": "math", "ground_truth": truth}
+    path = write(tmp_path / "p.jsonl", json.dumps(record))
+    prompts = data.read_prompts(path, tokens, vocab=tokens.vocab, max_tokens=6)
+    with pytest.raises(DataError, match=r"p\.jsonl:1: `ground_truth` of verifier 'math' must be"):
+        data.require_ground_truth(prompts, path)
+
+
 def test_prompt_without_ground_truth_is_named(tmp_path, tokens):
     path = write(tmp_path / "p.jsonl", '{"prompt": "1", "verifier": "math"}')
-    prompts = data.read_prompts(path, tokens, max_tokens=6)
+    prompts = data.read_prompts(path, tokens, vocab=tokens.vocab, max_tokens=6)
     with pytest.raises(DataError, match=r"p\.jsonl:1: has no 'ground_truth'"):
         data.require_ground_truth(prompts, path)
 
@@ -65,7 +86,7 @@ def test_verl_columns_are_read(tmp_path, tokens):
     }
     path = tmp_path / "p.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
-    (prompt,) = data.read_prompts(path, tokens, max_tokens=99)
+    (prompt,) = data.read_prompts(path, tokens, vocab=tokens.vocab, max_tokens=99)
     assert prompt.record["ground_truth"] == "2"
     assert prompt.tokens == tuple(tokens.encode_chat(record["prompt"]))
 

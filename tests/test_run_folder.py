@@ -1,5 +1,7 @@
 """Run folders: begun, gone on with, and by one command both."""
 
+from pathlib import Path
+
 import pytest
 
 from vibejax import run_folder
@@ -43,6 +45,26 @@ def test_what_cannot_be_gone_on_with(tmp_path):
     file.write_text("")
     with pytest.raises(RunError, match="file: is not a folder"):
         run_folder.check_run(configured(file))
+
+
+def test_a_run_whose_first_file_found_no_room_begins(tmp_path, monkeypatch):
+    out = tmp_path / "r"
+
+    def full(self, text):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(RunError, match=r"r/config\.part: No space left on device"):
+            run_folder.open_run(configured(out, resume=False), "sft")
+    assert run_folder.open_run(configured(out, resume=False), "sft") == out
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2: not JSON"):
+        run_folder.read_log(tmp_path / "metrics.jsonl")
 
 
 def test_lines_are_kept_up_to_a_step(tmp_path):

@@ -51,6 +51,11 @@ def from_hf(settings: Mapping[str, Any], path: Path) -> ModelConfig:
         _number(settings, key, path, int)
         for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
+    for key, kind in (("rope_scaling", dict), ("rope_parameters", dict), ("layer_types", list)):
+        if not isinstance(settings.get(key) or kind(), kind):
+            raise CheckpointError(
+                f"{path}: {key} = {settings[key]!r:.80} must be a {kind.__name__}"
+            )
     _refuse_unsupported(settings, layers, path)
     context = _number(settings, "max_position_embeddings", path, int, 32_768)
     config = ModelConfig(
@@ -78,7 +83,7 @@ def _number(settings, key, path, kind, default=None):
     if value is None:
         raise CheckpointError(f"{path}: key {key!r} is missing")
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or value <= 0 or value != kind(value):
+    if not numeric or not 0 < value < math.inf or value != kind(value):
         word = "a positive whole number" if kind is int else "a positive number"
         raise CheckpointError(f"{path}: {key} = {value!r} must be {word}")
     return kind(value)
@@ -95,8 +100,8 @@ def _check_heads(config: ModelConfig, path: Path) -> None:
 
 def _refuse_unsupported(settings: Mapping[str, Any], layers: int, path: Path) -> None:
     """Raises for a key that asks for a computation which this model code does not do."""
-    window_from = settings.get("max_window_layers", 28)
     sliding = settings.get("use_sliding_window") and settings.get("sliding_window", 4096)
+    window_from = _number(settings, "max_window_layers", path, int, 28) if sliding else layers
     types = settings.get("layer_types") or ()
     if (sliding and window_from < layers) or "sliding_attention" in types:
         raise CheckpointError(f"{path}: sliding window attention is not supported")
@@ -124,8 +129,9 @@ def _rope_from_hf(settings: Mapping[str, Any], context: int, path: Path) -> Rope
     theta = _number({"rope_theta": theta}, "rope_theta", path, float, 10_000.0)
     if kind == "default":
         return Rope(theta=theta)
-    original = settings.get("original_max_position_embeddings")
-    original = original or scaling.get("original_max_position_embeddings") or context
+    name = "original_max_position_embeddings"
+    original = _number(scaling, name, path, int, context)
+    original = _number(settings, name, path, int, original)
     factor = _number(scaling, "factor", path, float, context / original if kind == "yarn" else None)
     if kind != "yarn":
         return Rope(theta=theta, kind=kind, factor=factor)
@@ -134,20 +140,20 @@ def _rope_from_hf(settings: Mapping[str, Any], context: int, path: Path) -> Rope
         kind="yarn",
         factor=factor,
         original_context=original,
-        attention_factor=_attention_factor(scaling, factor),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
-        truncate=scaling.get("truncate", True),
+        attention_factor=_attention_factor(scaling, factor, path),
+        beta_fast=_number(scaling, "beta_fast", path, float, 32.0),
+        beta_slow=_number(scaling, "beta_slow", path, float, 1.0),
+        truncate=bool(scaling.get("truncate", True)),
     )
 
 
-def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float | None:
+def _attention_factor(scaling: Mapping[str, Any], factor: float, path: Path) -> float | None:
     """What multiplies YaRN's cosines and sines; None for the paper's 0.1 ln(factor) + 1."""
     if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-    above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if not (above and below) or factor <= 1:
+        return _number(scaling, "attention_factor", path, float)
+    if not (scaling.get("mscale") and scaling.get("mscale_all_dim")) or factor <= 1:
         return None
+    above, below = (_number(scaling, key, path, float) for key in ("mscale", "mscale_all_dim"))
     return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
 
 

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import math
 import sys
 import tomllib
 import typing
@@ -190,7 +191,10 @@ def _override(table: dict[str, Any], text: str) -> str:
 def _complaint(cls: type[Section], key: str, error: Any) -> str:
     """One line about one error of pydantic's."""
     if error["type"] == "extra_forbidden":
-        known = [name for name, *_ in _fields(cls)]
+        known, value = [name for name, *_ in _fields(cls)], error["input"]
+        while isinstance(value, dict) and len(value) == 1:  # a table that --set has made, say
+            (name, value), *_ = value.items()
+            key = f"{key}.{name}"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
@@ -198,6 +202,7 @@ def _complaint(cls: type[Section], key: str, error: Any) -> str:
     if error["type"] == "value_error":  # a rule over several fields, which names them itself
         return (f"{key}: " if key else "") + str(error["ctx"]["error"])
     rule = error["msg"].replace("Input should", "must", 1)
+    rule = rule.replace("False, True", "false, true")  # as TOML writes them
     return f"{key} = {error['input']!r}: {rule}"
 
 
@@ -230,5 +235,7 @@ def _field_lines(cls: type[Section]) -> Iterator[str]:
 
 
 def _literal(value: Any) -> str:
-    """A scalar as TOML writes it; JSON writes strings, numbers and booleans alike."""
-    return json.dumps(value, ensure_ascii=False)
+    """A scalar as TOML writes it: JSON writes strings, finite numbers and booleans alike."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -71,6 +71,7 @@ def read_prompts(
     path: Path,
     tokenizer: Tokenizer,
     *,
+    vocab: int,
     max_tokens: int,
     limited_by: str = "rollout.max_prompt_tokens",
 ) -> list[Prompt]:
@@ -79,12 +80,13 @@ def read_prompts(
     Args:
         path: of the file.
         tokenizer: the policy's.
+        vocab: ids below it are known to the model.
         max_tokens: of one prompt.
         limited_by: that bound's name, for messages.
 
     Raises:
         DataError: a record is of no known layout, lacks a field or has a prompt of more than
-            `max_tokens` tokens.
+            `max_tokens` tokens, or one with a token that the model does not know.
     """
     prompts = []
     for number, row in read_records(path):
@@ -96,6 +98,7 @@ def read_prompts(
         tokens = encode_prompt(record, tokenizer, where)
         if not tokens:
             raise DataError(f"{where}: the prompt is empty")
+        require_known(tokens, tokenizer, vocab, where)
         if len(tokens) > max_tokens:
             raise DataError(
                 f"{where}: the prompt has {len(tokens)} tokens, more than the {max_tokens} of "
@@ -103,6 +106,20 @@ def read_prompts(
             )
         prompts.append(Prompt(len(prompts), tuple(tokens), record))
     return prompts
+
+
+def require_known(ids: Sequence[int], tokenizer: Tokenizer, vocab: int, where: str) -> None:
+    """Checks that a model has an embedding of each token; a tokenizer may have got more of them.
+
+    Raises:
+        DataError: it has not.
+    """
+    if max(ids) >= vocab:
+        text = tokenizer.decode([max(ids)], skip_special_tokens=False)
+        raise DataError(
+            f"{where}: the tokenizer's {text!r} is token {max(ids)}, the model knows those below "
+            f"{vocab}"
+        )
 
 
 def require_ground_truth(prompts: list[Prompt], path: Path) -> None:
@@ -135,8 +152,7 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
     try:
         if "messages" in record:
             messages = benchmarks.asked(record)["messages"]
-            if not _is_chat(messages):
-                raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
+            _require_chat(messages, where)
             return tokenizer.encode_chat(messages)
         if isinstance(record.get("prompt"), str):
             return tokenizer.encode(record["prompt"])
@@ -145,17 +161,29 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, where: str) -> list[int]
     raise DataError(f"{where}: has neither 'messages' nor a 'prompt' text")
 
 
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        )
+def encode_conversation(messages: Any, tokenizer: Tokenizer, where: str) -> list[int]:
+    """Token ids of a finished conversation, at least one.
+
+    Raises:
+        DataError: it is no list of messages, or the chat template refuses them.
+    """
+    _require_chat(messages, where)
+    try:
+        ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    except TextError as error:
+        raise DataError(f"{where}: {error}") from None
+    if not ids:
+        raise DataError(f"{where}: the chat template makes nothing of the messages")
+    return ids
+
+
+def _require_chat(messages: Any, where: str) -> None:
+    texts = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
     )
+    if not texts or not messages:
+        raise DataError(f"{where}: messages must be a list of {{role, content}} texts")
 
 
 def order(count: int, seed: int) -> grain.MapDataset:
@@ -218,6 +246,7 @@ def read_demonstrations(
     path: Path,
     tokenizer: Tokenizer,
     *,
+    vocab: int,
     max_tokens: int,
     limited_by: str,
     longer: Literal["error", "drop", "truncate"],
@@ -227,17 +256,20 @@ def read_demonstrations(
     Args:
         path: JSONL or parquet of records as `learning_document` reads them.
         tokenizer: the policy's.
+        vocab: ids below it are known to the model.
         max_tokens: of one document.
         limited_by: the configuration's name for that bound, for messages.
         longer: what becomes of a longer one: it is an error, is left out, or loses its end.
 
     Raises:
-        DataError: a record cannot be learnt from, is too long, or none is left.
+        DataError: a record cannot be learnt from, is too long, has a token that the model does not
+            know, or none is left.
     """
     documents, ends, dropped, truncated = [], set(), 0, 0
     for number, record in read_records(path):
         document = learning_document(record, tokenizer, f"{path}:{number}")
         count = len(document.tokens)
+        require_known(document.tokens, tokenizer, vocab, f"{path}:{number}")
         if count > max_tokens and longer == "error":
             raise DataError(
                 f"{path}:{number}: has {count} tokens, more than {limited_by} = {max_tokens}; "

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--raw", action="store_true", help="encode TEXT as it is, without a chat")
     parser.add_argument("--samples", type=int, default=1, help="completions of each prompt")
     parser.add_argument("--max-tokens", type=int, default=None,
-                        help="longest completion; default: 512, or half of a shorter context")  # fmt: skip
+                        help="longest completion; default: at most 512")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0, help="0 decodes greedily")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     args.max_tokens = args.max_tokens or min(512, -(-model.context // 2))
     dtype = jnp.dtype(args.dtype or qwen2.default_dtype())
     settings = _settings(args, path, dtype) if args.out is not None else {}
-    requests, records = _requests(args, tokens, model.context - args.max_tokens)
+    requests, records = _requests(args, tokens, model)
     if args.resume:
         done = _resumed(args, records, settings)
         requests, records = requests[done:], records[done:]
@@ -129,11 +129,13 @@ def run(args: argparse.Namespace) -> None:
             out.flush()
 
 
-def _requests(args, tokens, room: int) -> tuple[list[Request], list[data.Record]]:
+def _requests(args, tokens, model) -> tuple[list[Request], list[data.Record]]:
+    room = model.context - args.max_tokens
     if args.prompts is not None:
         prompts = data.read_prompts(
             resolve(args.prompts),
             tokens,
+            vocab=model.vocab,
             max_tokens=room,
             limited_by=f"the context without --max-tokens {args.max_tokens}",
         )
@@ -146,6 +148,7 @@ def _requests(args, tokens, room: int) -> tuple[list[Request], list[data.Record]
     ids = data.encode_prompt(record, tokens, "--prompt")
     if not ids:
         raise InputError("--prompt: the prompt is empty")
+    data.require_known(ids, tokens, model.vocab, "--prompt")
     if len(ids) > room:
         raise InputError(
             f"--prompt has {len(ids)} tokens; with --max-tokens {args.max_tokens} the model has "

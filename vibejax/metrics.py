@@ -1,12 +1,15 @@
 """A run's record: one JSON object a step, the same for TensorBoard, and a live table."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 from rich.console import Console
 from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from vibejax import distributed
 from vibejax.run_folder import Log
@@ -31,9 +34,7 @@ class Metrics:
             columns: of the table: title -> (metric, format).
         """
         self.log = Log(folder / "metrics.jsonl", step)
-        self._board = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=step + 1, write_to_disk=distributed.first()
-        )
+        self._board = _Board(folder / "tensorboard", step + 1) if distributed.first() else None
         self._columns = columns
         self._console = Console(file=sys.stderr, highlight=False, quiet=not distributed.first())
         self._header = False
@@ -41,8 +42,8 @@ class Metrics:
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Records the metrics of one step."""
         self.log.write(step, metrics)
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        if self._board:
+            self._board.write(step, metrics)
         self._row(step, metrics)
 
     def _row(self, step: int, metrics: dict[str, Any]) -> None:
@@ -61,5 +62,29 @@ class Metrics:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._board.close()
+        if self._board:
+            self._board.close()
         self.log.close()
+
+
+class _Board:
+    """TensorBoard's event file, written by who calls: a disk that is full is that caller's error.
+
+    A writer with a thread of its own dies there, and the run then waits for it.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        """Opens a file; what older ones hold from `first_step` on is not shown any more."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.SessionStatus.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

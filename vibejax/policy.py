@@ -100,7 +100,9 @@ def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Pro
         InputError: a prompt is too long or has no ground truth.
     """
     file = resolve(source)
-    prompts = data.read_prompts(file, policy.tokenizer, max_tokens=config.max_prompt_tokens)
+    prompts = data.read_prompts(
+        file, policy.tokenizer, vocab=policy.model.vocab, max_tokens=config.max_prompt_tokens
+    )
     data.require_ground_truth(prompts, file)
     return [dataclasses.replace(p, record=benchmarks.asked(p.record)) for p in prompts]
 

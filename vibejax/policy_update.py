@@ -51,7 +51,7 @@ def update(
         )
         if part == 0 and chosen:
             own = [(d, x) for i, d, x in zip(indices, chosen, logprobs, strict=True) if here[i]]
-            metrics |= _agreement(own, objective)
+            metrics |= _agreement(own, objective, cut=rollout.is_cut(setup.config.rollout))
         state, values = step.apply(state, sums)
         metrics |= {name: float(value) for name, value in values.items()}
         learnt = sum(np.count_nonzero(d.weights) for d in chosen)
@@ -63,9 +63,13 @@ def update(
 
 
 def _agreement(
-    own: Sequence[tuple[Document, np.ndarray]], objective: ObjectiveConfig
+    own: Sequence[tuple[Document, np.ndarray]], objective: ObjectiveConfig, *, cut: bool
 ) -> dict[str, float]:
-    """Sampler and trainer on all tokens, from this process's documents and their log-probs."""
+    """Sampler and trainer on all tokens, from this process's documents and their log-probs.
+
+    Where the sampler drew from a `cut` distribution, its log-probs are of what was kept; the
+    hand-over's canary compares the two without the cut.
+    """
     count, metrics = 0, {}
     if own:
         logprob_T = np.concatenate([x[d.weights > 0] for d, x in own])
@@ -74,7 +78,8 @@ def _agreement(
         metrics = importance.agreement(logprob_T, sampled_T, cap=objective.correction_cap)
     metrics = importance.combined_agreement(distributed.gather([count, metrics]))
     apart = metrics["agreement/mean_abs_dlogp"]
-    if apart > objective.max_mean_dlogp:
+    # Of the same distribution alone the two must say the same.
+    if apart > objective.max_mean_dlogp and not cut:
         raise RunError(
             f"sampler and trainer disagree: mean |d logp| = {apart:.3g} nats is above "
             f"objective.max_mean_dlogp = {objective.max_mean_dlogp}"

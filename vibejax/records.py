@@ -44,13 +44,20 @@ def _rows(path: Path) -> Iterator[Record]:
             file = pyarrow.parquet.ParquetFile(path)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: not a parquet file: {error}") from error
-        for batch in file.iter_batches():
+        for batch in _batches(file, path):
             for row in plain_rows(batch, path):
                 yield {name: value for name, value in row.items() if value is not None}
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
     else:
         yield from _json_rows(path)
+
+
+def _batches(file: pyarrow.parquet.ParquetFile, path: Path) -> Iterator[pyarrow.RecordBatch]:
+    try:
+        yield from file.iter_batches()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: a damaged parquet file: {error}") from error
 
 
 def _csv_rows(path: Path) -> Iterator[Record]:
@@ -76,7 +83,7 @@ def _json_rows(path: Path) -> Iterator[Record]:
                 raise DataError(f"{path}: not a gzip file: {error}") from error
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also of numbers that are too long
                 raise DataError(f"{path}:{number}: not a JSON object: {error}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{number}: not a JSON object: {type(record).__name__}")

@@ -88,6 +88,11 @@ def draws(config: SamplerConfig, eos_ids: Sequence[int]) -> Sampling:
     )
 
 
+def is_cut(config: SamplerConfig) -> bool:
+    """Whether tokens are drawn from a part of the model's distribution only."""
+    return config.top_p < 1 or config.top_k > 0 or config.min_tokens > 0
+
+
 def engine_config(config: SamplerConfig, model: ModelConfig) -> EngineConfig:
     """The engine that it asks for."""
     return EngineConfig(

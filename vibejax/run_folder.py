@@ -23,6 +23,7 @@ from vibejax.config_file import InputError, Section
 
 C = TypeVar("C", bound=Section)
 
+PART = "config.part"  # config.toml while it is written: what holds nothing else is no run's
 FREE = ("out", "resume", "profile")  # fields in which a resumed run may differ from what it was
 
 
@@ -86,7 +87,9 @@ def _check(config: Section, folder: Path, changeable: Sequence[str]) -> None:
 def _taken(config: Section, folder: Path) -> bool:
     if buckets.named(config.out):
         return buckets.holds_something(config.out)
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.name != PART for path in folder.iterdir())
 
 
 def resumes(config: Section, folder: Path) -> bool:
@@ -124,8 +127,11 @@ def _open(config: Section, stage: str, changeable: Sequence[str]) -> Path:
         return folder
     folder = folder if config.out else _fresh(stage)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "config.part"
-    part.write_text(config_file.dump(config))
+    part = folder / PART
+    try:
+        part.write_text(config_file.dump(config))
+    except OSError as error:
+        raise RunError(f"{part}: {error.strerror}") from None
     part.replace(folder / "config.toml")  # with it a run has begun
     if buckets.named(config.out):
         buckets.upload(folder / "config.toml", buckets.join(config.out, "config.toml"))
@@ -242,5 +248,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.is_file():
-        with path.open() as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
+        with path.open(errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith("\n"):
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise RunError(f"{path}:{number}: not JSON: {error}") from None

@@ -6,8 +6,12 @@ token, the first null since nothing comes before it.
 """
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", help="default: standard output")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None,
                         help="default: bfloat16 on accelerators, float32 on CPU")  # fmt: skip
-    with errors_in_one_line():
+    with errors_in_one_line(OSError):
         run(parser.parse_args())
 
 
@@ -44,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: the model or a record cannot be used.
     """
+    if args.out is not None and Path(args.out).resolve() == Path(args.records).resolve():
+        raise InputError(f"--out {args.out}: is the file of the records")
     programs.prepare()
     path = weights.locate(args.model)
     model = weights.load_config(path)
@@ -63,33 +69,53 @@ def run(args: argparse.Namespace) -> None:
     score = jax.jit(lambda params, rows: train.row_logprobs(params, rows, model, config).logprob_BT)
     with jax.set_mesh(mesh):
         params = weights.load_params(path, model, mesh, jnp.float32)
-        out = sys.stdout if args.out is None else buckets.on_disk(args.out).open("w")
-        for start in range(0, len(records), RECORDS_AT_ONCE):
-            part = records[start : start + RECORDS_AT_ONCE]
-            documents = [
-                Document(tokens=ids, weights=np.ones(len(ids), np.float32)) for _, ids in part
-            ]
-            values = train.score_documents(score, params, documents, config, mesh)
-            for (record, ids), logprobs in zip(part, values, strict=True):
-                row = {"tokens": ids.tolist(), "logprobs": [None, *logprobs[1:].tolist()]}
-                out.write(json.dumps(record | row) + "\n")
-            out.flush()
+        with _sink(args.out) as out:
+            for start in range(0, len(records), RECORDS_AT_ONCE):
+                part = records[start : start + RECORDS_AT_ONCE]
+                documents = [
+                    Document(tokens=ids, weights=np.ones(len(ids), np.float32)) for _, ids in part
+                ]
+                values = train.score_documents(score, params, documents, config, mesh)
+                out.writelines(_lines(part, values, start + 1))
+                out.flush()
+
+
+def _lines(part, values: list[np.ndarray], first: int) -> Iterator[str]:
+    """Records with their log-probs, `first` the number of the first."""
+    for number, ((record, ids), logprobs) in enumerate(zip(part, values, strict=True), first):
+        if not np.isfinite(logprobs).all():
+            raise InputError(f"record {number}: the model's logits are not numbers")
+        row = {"tokens": ids.tolist(), "logprobs": [None, *logprobs[1:].tolist()]}
+        yield json.dumps(record | row) + "\n"
 
 
 def _ids(record: data.Record, tokens, model, where: str) -> np.ndarray:
-    """The token ids of a record."""
+    """The token ids of a record.
+
+    Raises:
+        InputError: it has none, or more than the model has positions.
+    """
     if "tokens" in record:
         ids = record["tokens"]
         valid = isinstance(ids, list) and ids and all(type(i) is int for i in ids)
         if not valid or not 0 <= min(ids) <= max(ids) < model.vocab:
             raise InputError(f"{where}: tokens must be ids between 0 and {model.vocab - 1}")
     elif "messages" in record:
-        ids = tokens.encode_chat(record["messages"], add_generation_prompt=False)
+        ids = data.encode_conversation(record["messages"], tokens, where)
+        data.require_known(ids, tokens, model.vocab, where)
     else:
         raise InputError(f"{where}: has neither 'tokens' nor 'messages'")
     if len(ids) > model.context:
         raise InputError(f"{where}: has {len(ids)} tokens, the model {model.context} positions")
     return np.asarray(ids, np.int32)
+
+
+def _sink(out: str | None) -> contextlib.AbstractContextManager[TextIO]:
+    if out is None:
+        return contextlib.nullcontext(sys.stdout)
+    path = buckets.on_disk(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")
 
 
 if __name__ == "__main__":

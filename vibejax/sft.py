@@ -230,6 +230,7 @@ def _read(config: SftConfig, name: str, tokens: Tokenizer, model: ModelConfig) -
     read = data.read_demonstrations(
         path,
         tokens,
+        vocab=model.vocab,
         max_tokens=limits[limited_by],
         limited_by=limited_by,
         longer=config.long_documents,

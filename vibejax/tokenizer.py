@@ -359,10 +359,16 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def _folder_template(folder: Path, settings: Mapping[str, Any]) -> str:
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 ({error})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{folder}: tokenizer_config.json: chat_template must be a text")
     return template or CHATML
 
 

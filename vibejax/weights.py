@@ -372,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
             "--dtype", choices=DTYPES, help="default: the source's own; float32 for GGUF"
         )
     parsed = parser.parse_args(arguments)
-    with errors_in_one_line():
+    with errors_in_one_line(OSError):
         src = locate(parsed.src)
         if parsed.command == "info":
             print(describe(src))

@@ -124,7 +124,12 @@ def run(out: Path) -> None:
     # The verdict on a sum leaves nothing behind in a worker: none needs to be replaced.
     with Pool(**config.verifiers.pool_arguments(), recycle_after=10**9) as pool:
         heldout, tuning = (
-            data.read_prompts(path, tokens, max_tokens=config.rollout.max_prompt_tokens)
+            data.read_prompts(
+                path,
+                tokens,
+                vocab=setup.policy.model.vocab,
+                max_tokens=config.rollout.max_prompt_tokens,
+            )
             for path in (resolve(config.heldout), out / "tuning.jsonl")
         )
         bench = Bench(out, log, pool, setup, heldout, tuning)

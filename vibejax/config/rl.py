@@ -75,7 +75,9 @@ class ObjectiveConfig(Section):
     correction_low: NotNegative = default(0.5, "masking keeps ratios from here ...")
     correction_high: Positive = default(2.0, "... to here")
     max_mean_dlogp: Positive = default(
-        0.1, "mean |sampler - trainer log-prob| in nats above which the run stops"
+        0.1,
+        "mean |sampler - trainer log-prob| in nats above which the run stops; of rollouts with "
+        "top_p, top_k or min_tokens only the canary's is looked at",
     )
 
 

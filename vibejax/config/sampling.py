@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import pydantic
+
 from vibejax.config.fields import Count, Natural, NotNegative, Positive, Share, default
 from vibejax.config_file import Section
 
@@ -35,6 +37,15 @@ class SamplerConfig(Section):
     attention: Literal["auto", "reference", "xla", "tpu", "gpu"] = default(
         "auto", "over pages; see vibejax.attention"
     )
+
+    @pydantic.model_validator(mode="after")
+    def _can_stop(self):
+        if self.min_tokens > self.max_completion_tokens:
+            raise ValueError(
+                f"min_tokens = {self.min_tokens} is above max_completion_tokens = "
+                f"{self.max_completion_tokens}"
+            )
+        return self
 
     @property
     def sequence_tokens(self) -> int:

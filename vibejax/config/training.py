@@ -19,7 +19,9 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = default(
         "constant", "course of the learning rate after warm-up, down to `final_learning_rate`"
     )
-    final_learning_rate: NotNegative = default(0.0, "learning rate at the last step")
+    final_learning_rate: NotNegative = default(
+        0.0, "where the schedule ends, a step after the last"
+    )
     warmup: Annotated[float, Field(ge=0, le=1)] = default(
         0.0, "share of all steps over which the rate rises from 0"
     )

@@ -19,6 +19,8 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
+import numbers
 import os
 import resource
 import signal
@@ -81,6 +83,11 @@ def names(record: Mapping[str, Any], modules: Mapping[str, str] = MODULES) -> li
             value = record.get(field)
             if value is None or value == "":
                 raise ValueError(f"record of verifier {name!r} has no `{field}` (value {value!r})")
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not isinstance(value, str) and not (number and math.isfinite(value)):
+                raise ValueError(
+                    f"`{field}` of verifier {name!r} must be a text, not {value!r:.80}"
+                )
     return asked
 
 
