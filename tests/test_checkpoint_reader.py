@@ -109,6 +109,21 @@ BAD = {
         _settings(rope_scaling={"rope_type": "linear", "factor": "big"}),
         "factor = 'big' must be a positive number",
     ),
+    "rope as text": (_settings(rope_scaling="yarn"), "rope_scaling = 'yarn' must be a dict"),
+    "yarn with texts": (
+        _settings(rope_scaling={"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}),
+        "beta_fast = 'x' must be a positive number",
+    ),
+    "yarn of a negative context": (
+        _settings(rope_scaling={"rope_type": "yarn", "original_max_position_embeddings": -5}),
+        "original_max_position_embeddings = -5 must be a positive whole number",
+    ),
+    "layer types": (_settings(layer_types=5), "layer_types = 5 must be a list"),
+    "window of null": (
+        _settings(use_sliding_window=True, sliding_window=32, max_window_layers=None),
+        "sliding window attention is not supported",
+    ),
+    "endless": (_settings(hidden_size=float("inf")), "hidden_size = inf must be a positive whole"),
     "activation": (_settings(hidden_act="gelu"), r"hidden_act 'gelu' is not supported \(silu\)"),
     "quantized": (_settings(quantization_config={"bits": 4}), "quantized"),
     "no layers": (_settings(num_hidden_layers=0), "num_hidden_layers = 0 must be a positive"),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,6 +291,7 @@ def test_resume_of_a_finished_run_changes_nothing(folder, uninterrupted):
         (["rollout.max_completion_tokens=99", "train.row_tokens=128", "out=x"], "= 107 is more th"),
         (["prompts=missing.jsonl", "out=x", "mesh.data=8"], "missing.jsonl: no such file"),
         (["policy=missing", "out=x"], "missing: no such file or folder"),
+        (["policy=../damaged", "out=x", "mesh.data=8"], "damaged or truncated"),
         (["attention.implementation=tpu", "out=x", "mesh.data=8"], "= 'tpu': the devices are cpu"),
         (["rollout.attention=gpu", "out=x"], "rollout.attention = 'gpu': the devices are cpu"),
         (
@@ -308,7 +310,11 @@ def test_resume_of_a_finished_run_changes_nothing(folder, uninterrupted):
 def test_bad_input_is_one_line(
     folder, uninterrupted, tmp_path, monkeypatch, capfd, settings, message
 ):
-    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "policy", tmp_path / "damaged")
+    (file,) = (tmp_path / "damaged").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-5])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(sys, "argv", command(folder, uninterrupted[0], *settings)[2:])
     with pytest.raises(SystemExit) as ended:
         rl.main()
@@ -316,7 +322,7 @@ def test_bad_input_is_one_line(
     assert ended.value.code not in (0, None)
     assert message in stderr
     assert len(stderr.strip().splitlines()) == 1, stderr
-    assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+    assert not list((tmp_path / "here").iterdir()), "a run that cannot start leaves no folder"
 
 
 def test_a_process_that_cannot_start_says_so_and_fails(folder, uninterrupted):

@@ -312,6 +312,15 @@ def test_a_template_without_boundaries_is_named(folder, tmp_path, template, mess
     )
 
 
+def test_a_damaged_policy_leaves_no_folder(folder, tmp_path):
+    shutil.copytree(folder / "policy", tmp_path / "policy")
+    (file,) = (tmp_path / "policy").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(InputError, match="damaged or truncated"):
+        sft.run(configure(folder, f"policy={tmp_path / 'policy'}"))
+    assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

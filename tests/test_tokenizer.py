@@ -316,6 +316,13 @@ def test_tokenizer_json_is_obeyed_but_cuts_and_pads_nothing(tmp_path):
         ({"generation_config_json": "{"}, "generation_config.json: not JSON"),
         ({"tokenizer_json": "{}"}, "tokenizer.json: "),
         ({"tokenizer_config_json": "[]"}, "tokenizer_config.json: must hold a JSON object"),
+        (
+            {
+                "generation_config_json": {"eos_token_id": 2},
+                "tokenizer_config_json": {"chat_template": [{"name": "default", "template": 3}, 3]},
+            },
+            "tokenizer_config.json: chat_template must be a text",
+        ),
     ],
 )
 def test_a_bad_folder_gets_one_line(files, message, tmp_path):

@@ -101,9 +101,9 @@ def _check_heads(config: ModelConfig, path: Path) -> None:
 def _refuse_unsupported(settings: Mapping[str, Any], layers: int, path: Path) -> None:
     """Raises for a key that asks for a computation which this model code does not do."""
     sliding = settings.get("use_sliding_window") and settings.get("sliding_window", 4096)
-    window_from = _number(settings, "max_window_layers", path, int, 28) if sliding else layers
+    first = settings.get("max_window_layers", 28)  # of the layers with a window
     types = settings.get("layer_types") or ()
-    if (sliding and window_from < layers) or "sliding_attention" in types:
+    if (sliding and not (type(first) is int and first >= layers)) or "sliding_attention" in types:
         raise CheckpointError(f"{path}: sliding window attention is not supported")
     if settings.get("quantization_config"):
         raise CheckpointError(f"{path}: a quantized Hugging Face checkpoint is not supported")

@@ -15,6 +15,7 @@ from vibejax import (
     rl_shapes,
     rollout,
     sampler_copy,
+    weights,
 )
 from vibejax.completions import EngineConfig
 from vibejax.config.rl import RlConfig
@@ -55,6 +56,7 @@ def set_up(config: RlConfig) -> Setup:
     """
     opened = policy.open_policy(config.policy, config.rollout)
     model = opened.model
+    weights.require_tensors(opened.path, model)
     mesh = meshes.make(config.mesh, [model], config.train)
     meshes.require_attention(config.attention.implementation, "attention.implementation")
     limit = memory_plan.device_bytes(mesh.local_devices[0])

@@ -183,6 +183,8 @@ def set_up(config: SftConfig) -> Setup:
     source = weights.locate(config.policy) if config.policy else resolve(config.tokenizer)
     tokens = tokenizer.load(source)
     model = weights.load_config(source) if config.policy else _new_model(config, tokens.vocab)
+    if config.policy:
+        weights.require_tensors(source, model)
     if config.context:
         model = dataclasses.replace(model, context=config.context)
     mesh = meshes.make(config.mesh, [model], config.train)

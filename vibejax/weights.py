@@ -74,6 +74,15 @@ def load_config(path: Path) -> ModelConfig:
     return checkpoint_config.from_hf(read_json(path / "config.json"), path / "config.json")
 
 
+def require_tensors(path: Path, config: ModelConfig) -> None:
+    """Checks, before work that takes long, that `load_params` finds what it reads.
+
+    Raises:
+        CheckpointError: a file or a tensor is missing, truncated, or does not fit `config`.
+    """
+    check(open_checkpoint(path), config)
+
+
 def load_params(path: Path, config: ModelConfig, mesh: Mesh | None, dtype: Any) -> Params:
     """Reads the parameters, each device's shards only.
 
