@@ -191,12 +191,17 @@ def _override(table: dict[str, Any], text: str) -> str:
 def _complaint(cls: type[Section], key: str, error: Any) -> str:
     """One line about one error of pydantic's."""
     if error["type"] == "extra_forbidden":
-        known, value = [name for name, *_ in _fields(cls)], error["input"]
+        known, value, names = [name for name, *_ in _fields(cls)], error["input"], [key]
         while isinstance(value, dict) and len(value) == 1:  # a table that --set has made, say
             (name, value), *_ = value.items()
-            key = f"{key}.{name}"
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+            names = [f"{names[0]}.{name}", *names]
+        pairs = [
+            (n, near) for n in names for near in difflib.get_close_matches(n, known, cutoff=0.5)
+        ]
+        if not pairs:
+            return f"unknown key {key}"
+        name, near = max(pairs, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio())
+        return f"unknown key {name}; did you mean {near}?"
     if error["type"] == "missing":
         return f"{key} is required"
     if error["type"] == "value_error":  # a rule over several fields, which names them itself
