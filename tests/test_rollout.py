@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from vibejax import data, policy_update, rollout
-from vibejax.completions import Completion
+from vibejax.completions import Completion, Counts
 from vibejax.config.rl import ObjectiveConfig, RlConfig
 from vibejax.data import Prompt
-from vibejax.engine import Counts
 from vibejax.records import DataError
 from vibejax.rollout import Rollout
 from vibejax.verifiers import Outcome, Verdict

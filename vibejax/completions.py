@@ -102,6 +102,32 @@ class Completion:
         return self.tokens[: -1 if self.stop == "stop" else None].tolist()
 
 
+@dataclasses.dataclass
+class Counts:
+    """What an engine has done for the latest requests.
+
+    Attributes:
+        tokens: drawn and kept.
+        slot_steps: rows that decode programs ran with, times their steps.
+        windows: how many of these there were.
+        filled_tokens: computed before decoding.
+        put_back: sequences that lost their pages for a while.
+        host_s: seconds of planning windows and of accounting for them.
+    """
+
+    tokens: int = 0
+    slot_steps: int = 0
+    windows: int = 0
+    filled_tokens: int = 0
+    put_back: int = 0
+    host_s: float = 0.0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Both, one after the other."""
+        sums = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Counts(*map(sum, sums))
+
+
 def check_config(config: EngineConfig, parts: int) -> None:
     """Whether an engine of `parts` devices, each with slots of its own, can be made.
 

@@ -26,6 +26,7 @@ from vibejax import attention, batching, decode, memory_plan, progress, sharding
 from vibejax.batching import Draft
 from vibejax.completions import (
     Completion,
+    Counts,
     EngineConfig,
     EngineError,
     Request,
@@ -35,7 +36,7 @@ from vibejax.completions import (
     check_sampling,
 )
 from vibejax.decode import Drawn, Sampling
-from vibejax.job_queue import Job, Queue
+from vibejax.job_queue import Job, Lengths, Queue
 from vibejax.memory_plan import MemoryPlan
 from vibejax.qwen2 import ModelConfig, Params
 from vibejax.scheduler import Fill, PoolTooSmallError, Running, Scheduler
@@ -45,32 +46,6 @@ STOPS: dict[int, Stop] = {
     decode.LENGTH: "length",
     decode.NOT_FINITE: "not_finite",
 }
-
-
-@dataclasses.dataclass
-class Counts:
-    """What an engine has done for the latest requests.
-
-    Attributes:
-        tokens: drawn and kept.
-        slot_steps: rows that decode programs ran with, times their steps.
-        windows: how many of these there were.
-        filled_tokens: computed before decoding.
-        put_back: sequences that lost their pages for a while.
-        host_s: seconds of planning windows and of accounting for them.
-    """
-
-    tokens: int = 0
-    slot_steps: int = 0
-    windows: int = 0
-    filled_tokens: int = 0
-    put_back: int = 0
-    host_s: float = 0.0
-
-    def __add__(self, other: "Counts") -> "Counts":
-        """Both, one after the other."""
-        sums = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Counts(*map(sum, sums))
 
 
 class Engine:
@@ -115,9 +90,7 @@ class Engine:
         self._pools: decode.Pools | None = None
         self._copies, self._copies_shape = None, None
         self._closed, self._runs = False, 0
-        # Of a prompt's tokens with a limit: when they were last completed, how often then, and with
-        # how many tokens. Other files, and the canary, number their prompts alike.
-        self._lengths: dict[tuple[tuple[int, ...], int], tuple[int, int, int]] = {}
+        self._lengths = Lengths()
 
     def load(self, params: Params) -> None:
         """Takes other parameters of the same shapes; whatever was being generated ends.
@@ -177,7 +150,7 @@ class Engine:
             check_request(request, self.context, self.config.model)
             job = Job(
                 n, len(request.tokens), request.samples, request.max_tokens,
-                self._expected(request),
+                self._lengths.expected(_identity(request)),
             )  # fmt: skip
             try:
                 parts[0].check(job)
@@ -313,7 +286,8 @@ class Engine:
             for sequence, stop in zip(part.account(sampled, stops), stops.values(), strict=True):
                 draft = drafts.pop(sequence)
                 self.counts.tokens += draft.count
-                self._learn(requests[sequence.job.id], draft.count)
+                request = requests[sequence.job.id]
+                self._lengths.learn(_identity(request), draft.count, self._runs)
                 completions.append(
                     Completion(
                         sequence.job.id, draft.sample, draft.tokens[: draft.count].copy(),
@@ -321,20 +295,6 @@ class Engine:
                     )
                 )  # fmt: skip
         return completions
-
-    def _learn(self, request: Request, tokens: int) -> None:
-        """Keeps the mean length of a prompt's latest completions, by which it will be queued."""
-        key = request.tokens, request.max_tokens
-        run, count, total = self._lengths.get(key, (self._runs, 0, 0))
-        if run != self._runs:
-            run, count, total = self._runs, 0, 0
-        self._lengths[key] = run, count + 1, total + tokens
-
-    def _expected(self, request: Request) -> float | None:
-        if (request.tokens, request.max_tokens) not in self._lengths:
-            return None
-        _, count, total = self._lengths[request.tokens, request.max_tokens]
-        return total / count
 
     def _take_pools(self) -> decode.Pools:
         """The pools, to be given to a program that gives them back."""
@@ -346,6 +306,11 @@ class Engine:
             return decode.empty_pools(
                 model, self._parts * self.memory.pages, config.page_tokens, self.kv_dtype
             )
+
+
+def _identity(request: Request) -> tuple[tuple[int, ...], int]:
+    """What lengths are learnt of: other files, and the canary, number their prompts alike."""
+    return request.tokens, request.max_tokens
 
 
 def _draft(request: Request, place: int) -> Draft:

@@ -18,9 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vibejax import distributed, sharding, train
-from vibejax.completions import Completion
+from vibejax.completions import Completion, Counts
 from vibejax.data import Prompt
-from vibejax.engine import Counts
 from vibejax.packing import Rows
 from vibejax.rollout import Rollout
 from vibejax.train import Batch

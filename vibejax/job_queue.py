@@ -7,7 +7,7 @@ completions so far is taken.
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +80,25 @@ class Queue:
         """Takes in the length of a completion."""
         self._finished += 1
         self._finished_tokens += tokens
+
+
+class Lengths:
+    """How long the latest completions of prompts were, by which the next ones are queued."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._known: dict[Hashable, tuple[int, int, int]] = {}  # run, completions, their tokens
+
+    def learn(self, prompt: Hashable, tokens: int, run: int) -> None:
+        """Takes in the length of a completion; those of an earlier run are forgotten."""
+        latest, count, total = self._known.get(prompt, (run, 0, 0))
+        if latest != run:
+            count = total = 0
+        self._known[prompt] = run, count + 1, total + tokens
+
+    def expected(self, prompt: Hashable) -> float | None:
+        """The mean of what is known; None where nothing is."""
+        if prompt not in self._known:
+            return None
+        _, count, total = self._known[prompt]
+        return total / count

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vibejax import goodput, progress
-from vibejax.completions import Completion, EngineConfig, Request
+from vibejax.completions import Completion, Counts, EngineConfig, Request
 from vibejax.config.rl import ObjectiveConfig
 from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
-from vibejax.engine import Counts, Engine
+from vibejax.engine import Engine
 from vibejax.journal import Entries
 from vibejax.losses import long2short, mgpo
 from vibejax.packing import Document
