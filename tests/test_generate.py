@@ -70,6 +70,15 @@ def test_completions_stand_beside_all_of_the_record(whole):
     assert all(len(row["completions"]) == 2 for row in rows)
 
 
+@pytest.mark.parametrize("settings", ["", "[1]", "{"])
+def test_settings_that_were_not_written_whole(whole, tmp_path, capsys, settings):
+    stopped(whole, tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl.settings.json").write_text(settings)
+    with pytest.raises(SystemExit):
+        run(whole, tmp_path / "a.jsonl", "--resume")
+    assert "a.jsonl.settings.json is not a JSON object" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -216,7 +216,7 @@ def _resumed(args: argparse.Namespace, records: list[data.Record], settings: dic
     beside = _settings_file(path)
     try:
         stored = dict(json.loads(beside.read_text())) if beside.is_file() else {}
-    except ValueError:
+    except (TypeError, ValueError):
         raise InputError(f"--resume: {beside} is not a JSON object; start {path} anew") from None
     for name, value in settings.items():
         if stored.get(name) != value:

@@ -137,9 +137,8 @@ def plan(
     temporary = temporary_bytes(model, rows, chunk_tokens, dtype, tensor)
     whole = rows * context // page_tokens
     fits = max(0, limit_bytes - weight_bytes - temporary) // (page + copy_of_page)
-    unit = (
-        8 if kv_dtype == jnp.int8 else 1
-    )  # in other numbers a TPU copies the scales to write some
+    # Of int8 pages, in other numbers than these a TPU copies the scales to write some.
+    unit = 8 if kv_dtype == jnp.int8 else 1
     wanted = -(-pool_tokens // page_tokens) or whole
     pages = -(-wanted // unit) * unit
     if not pool_tokens:

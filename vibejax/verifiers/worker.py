@@ -86,7 +86,7 @@ def names(record: Mapping[str, Any], modules: Mapping[str, str] = MODULES) -> li
             number = isinstance(value, numbers.Real) and not isinstance(value, bool)
             if not isinstance(value, str) and not (number and math.isfinite(value)):
                 raise ValueError(
-                    f"`{field}` of verifier {name!r} must be a text, not {value!r:.80}"
+                    f"`{field}` of verifier {name!r} must be a text or a number, not {value!r:.80}"
                 )
     return asked
 
