@@ -28,6 +28,10 @@ SLOW_TO_END = """
             finally:
                 time.sleep(0.5)"""
 
+INTERRUPTIBLE = f"""
+            from vibejax import config_file
+            with config_file.errors_in_one_line(): print("inside", flush=True); {LOOKING}"""
+
 
 def started(body):
     process = subprocess.Popen(
@@ -55,6 +59,14 @@ def test_a_loop_that_looks_ends_in_order():
     code, out, err, _ = ended(process)
     assert (code, out) == (143, "cleaned up\n")
     assert err == "ended by SIGTERM; the same command goes on, with resume set\n"
+
+
+def test_an_interrupted_command_ends_in_one_line():
+    process = started(INTERRUPTIBLE)
+    assert process.stdout.readline() == "inside\n"
+    process.send_signal(signal.SIGINT)
+    code, out, err, _ = ended(process)
+    assert (code, out, err) == (130, "cleaned up\n", "interrupted\n")
 
 
 def test_a_second_signal_breaks_nothing():

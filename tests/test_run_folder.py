@@ -1,5 +1,6 @@
 """Run folders: begun, gone on with, and by one command both."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,28 @@ def test_a_run_whose_first_file_found_no_room_begins(tmp_path, monkeypatch):
         with pytest.raises(RunError, match=r"r/config\.part: No space left on device"):
             run_folder.open_run(configured(out, resume=False), "sft")
     assert run_folder.open_run(configured(out, resume=False), "sft") == out
+
+
+def test_data_that_has_changed_is_no_data_to_go_on_with(tmp_path, monkeypatch):
+    data, heldout = tmp_path / "data.jsonl", tmp_path / "heldout.jsonl"
+    data.write_text("one\n")
+    heldout.write_text("one\n")
+    config = configured(tmp_path / "run", heldout=str(heldout))
+    config = config.model_copy(update={"data": str(data)})
+    folder = run_folder.open_run(config, "sft")
+    check = lambda: run_folder.require_same_data(config, folder, "data", "heldout")  # noqa: E731
+    check()
+    check()
+    data.write_text("two\n")
+    with pytest.raises(RunError, match=r"data\.jsonl: has changed since the run in .*run began"):
+        check()
+    data.write_text("one\n")
+    check()
+
+    other = json.loads((folder / "data.json").read_text()) | {"heldout": "0"}
+    monkeypatch.setattr(run_folder.distributed, "gather", lambda value: [value, other])
+    with pytest.raises(RunError, match=r"heldout\.jsonl: process 1 has another file of that name"):
+        check()
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import json
 import math
+import signal
 import sys
 import tomllib
 import typing
@@ -19,6 +20,8 @@ from typing import Any, Literal, TypeVar
 import pydantic
 
 C = TypeVar("C", bound="Section")
+
+INTERRUPTED = 128 + signal.SIGINT  # exit code
 
 
 class InputError(ValueError):
@@ -72,7 +75,7 @@ def parse_args(
 
 @contextlib.contextmanager
 def errors_in_one_line(*more: type[Exception]) -> Iterator[None]:
-    """Ends the process with the message, and without a traceback, on what the user can mend.
+    """Ends the process in one line, without a traceback, on what the user can mend and on Ctrl-C.
 
     Args:
         more: classes besides `InputError` whose message is all that needs to be shown.
@@ -82,6 +85,9 @@ def errors_in_one_line(*more: type[Exception]) -> Iterator[None]:
     except (InputError, *more) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def load(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:

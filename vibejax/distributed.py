@@ -94,7 +94,7 @@ def joined(config: Section) -> Iterator[None]:
         jax.distributed.shutdown()  # Python's own ending, where JAX would do it, can take long
     except PeerError:
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         line = f"{error}" if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         _state.client.key_value_set(f"{FAILED}/{process()}", line.splitlines()[0])
         raise

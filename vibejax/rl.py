@@ -109,6 +109,7 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         jax.set_mesh(setup.mesh),
         contextlib.closing(_checkpoints(folder, config)) as checkpoints,
     ):
+        run_folder.require_same_data(config, folder, "prompts", "heldout")
         reference = _load(setup) if config.objective.kl else None
         state = train.init_state(_load(setup), setup.programs.optimizer)
         if config.resume:

@@ -1,6 +1,6 @@
 """A run's folder: created fresh or resumed, with the configuration it belongs to.
 
-A folder holds config.toml, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
+A folder holds config.toml, data.json, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
 checkpoints/, logs/, exports/ and, at the end, final/; the last two hold HF folders. While an RL run
 samples, journal/ holds what it has sampled. All processes of a run see the same folder; the first
 one writes what is not named after a process. Where `out` names a folder of a bucket, each process
@@ -8,6 +8,7 @@ has a working folder instead, as `buckets` says.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from etils import epath
 
 from vibejax import buckets, config_file, distributed
 from vibejax.config_file import InputError, Section
+from vibejax.locations import resolve
 
 C = TypeVar("C", bound=Section)
 
@@ -136,6 +138,42 @@ def _open(config: Section, stage: str, changeable: Sequence[str]) -> Path:
     if buckets.named(config.out):
         buckets.upload(folder / "config.toml", buckets.join(config.out, "config.toml"))
     return folder
+
+
+def require_same_data(config: Section, folder: Path, *fields: str) -> None:
+    """Checks that files are in every process what they were when the run began.
+
+    The order of their records, and what a run keeps of them, goes by the records' numbers. The
+    folder's data.json holds the SHA-256 sums of a run that has begun.
+
+    Args:
+        config: the run's.
+        folder: of the run, in use.
+        fields: of `config` that name files; those that name none are left out.
+
+    Raises:
+        RunError: a file has changed since, or is another one on another host.
+    """
+    names = {field: getattr(config, field) for field in fields if getattr(config, field)}
+    sums = {}
+    for field, name in names.items():
+        with resolve(name).open("rb") as file:
+            sums[field] = hashlib.file_digest(file, "sha256").hexdigest()
+    for process, other in enumerate(distributed.gather(sums)):
+        for field in (field for field in names if other[field] != sums[field]):
+            raise RunError(f"{names[field]}: process {process} has another file of that name")
+    path = folder / "data.json"
+    if not distributed.first():
+        return
+    stored = json.loads(path.read_text()) if path.is_file() else sums
+    for field in (field for field in names if stored[field] != sums[field]):
+        raise RunError(
+            f"{names[field]}: has changed since the run in {folder} began; go on with the file as "
+            "it was, or begin another run"
+        )
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(sums))
+    part.replace(path)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,7 @@ def run(config: SftConfig) -> Path:
             Checkpoints(place, keep=kept.keep, keep_every=kept.keep_every)
         ) as checkpoints,
     ):
+        run_folder.require_same_data(config, folder, "data", "heldout")
         adamw = optimizer.make_optimizer(config.optimizer, setup.steps)
         schedule = optimizer.make_schedule(config.optimizer, setup.steps)
         loss_fn = make_loss(setup.model, config)
