@@ -298,6 +298,10 @@ def test_resume_of_a_finished_run_changes_nothing(folder, uninterrupted):
             ["rollout.prompts_per_step=13", "out=x", "mesh.data=8"],
             "12 prompts, fewer than rollout.",
         ),
+        (
+            ["rollout.pool_tokens=8", "rollout.page_tokens=4", "out=x", "mesh.data=8"],
+            "the longest prompt: its 4 tokens and 12 more need 4 pages of 4, a device has 1",
+        ),
         (["mesh.fsdp=3", "out=x"], "fsdp=3 x context=1 x tensor=1 needs 3 devices, found 8"),
         (
             ["curriculum_steps=2", "out=x", "mesh.data=8"],

@@ -39,7 +39,7 @@ from vibejax.decode import Drawn, Sampling
 from vibejax.job_queue import Job, Lengths, Queue
 from vibejax.memory_plan import MemoryPlan
 from vibejax.qwen2 import ModelConfig, Params
-from vibejax.scheduler import Fill, PoolTooSmallError, Running, Scheduler
+from vibejax.scheduler import Fill, Running, Scheduler
 
 STOPS: dict[int, Stop] = {
     decode.STOP: "stop",
@@ -117,6 +117,25 @@ class Engine:
         self.release()
         self._closed = True
 
+    def require_room(self, what: str, tokens: int, max_tokens: int) -> None:
+        """Checks that the pool of a device holds one sequence.
+
+        Args:
+            what: the prompt's name, for the message.
+            tokens: of the prompt.
+            max_tokens: of its completion.
+
+        Raises:
+            EngineError: it could outgrow the pool.
+        """
+        size, pages = self.config.page_tokens, self.memory.pages
+        most = -(-(tokens + max_tokens - 1) // size)  # the last is not cached
+        if most > pages:
+            raise EngineError(
+                f"{what}: its {tokens} tokens and {max_tokens} more need {most} pages of {size}, "
+                f"a device has {pages} (pool_tokens, or what its memory has room for)"
+            )
+
     def generate(
         self, requests: Sequence[Request], how: Sampling, *, seed: int = 0, step: int = 0
     ) -> Iterator[Completion]:
@@ -152,10 +171,7 @@ class Engine:
                 n, len(request.tokens), request.samples, request.max_tokens,
                 self._lengths.expected(_identity(request)),
             )  # fmt: skip
-            try:
-                parts[0].check(job)
-            except PoolTooSmallError as error:
-                raise EngineError(f"prompt {request.prompt}: {error}") from None
+            self.require_room(f"prompt {request.prompt}", len(request.tokens), request.max_tokens)
             # Fewer prompts than devices: each lets several work.
             jobs += job.split(-(-self._parts // len(requests)))
         queue.submit(jobs)

@@ -98,6 +98,9 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     if config.curriculum_steps:
         data.easiest(prompts, 1.0, at_least=1)  # names a record without accuracy before all else
     heldout = read(config.heldout)[: config.eval.prompts] if config.heldout else []
+    longest = max(len(prompt.tokens) for prompt in [*prompts, *heldout])
+    limit = config.rollout.max_completion_tokens
+    setup.engine.require_room("the longest prompt", longest, limit)
     folder = run_folder.open_run(config, "rl")
     journal = Journal(folder / "journal", config, distributed.process())
     setup = dataclasses.replace(setup, journal=journal)

@@ -88,10 +88,6 @@ class Running:
         return self.fill is None or self.fill.complete
 
 
-class PoolTooSmallError(ValueError):
-    """A sequence needs more pages than there are."""
-
-
 @dataclasses.dataclass
 class _Group:
     """A job of which samples are still to start.
@@ -150,19 +146,6 @@ class Scheduler:
         self._admitted = 0
         # Pages kept for what runs: else what enters now would soon be put back.
         self._reserve = 0
-
-    def check(self, job: Job) -> None:
-        """Whether one sequence of the job fits the pool on its own.
-
-        Raises:
-            PoolTooSmallError: it could outgrow the pool.
-        """
-        most = self._pages_of(job.prompt_tokens + job.max_tokens - 1)  # the last is not cached
-        if most > self.pool.size:
-            raise PoolTooSmallError(
-                f"a prompt of {job.prompt_tokens} tokens and {job.max_tokens} more need {most} "
-                f"pages of {self.page_tokens}, the pool has {self.pool.size}"
-            )
 
     @property
     def idle(self) -> bool:
