@@ -1,11 +1,10 @@
 """Compiles a run's programs for a slice, each in a process of its own, and keeps what came out.
 
-    python -m vibejax.planning.compiling JOB.json FOLDER
-
-is one such process. The compilers are the real ones (extra `compile`: libtpu, the CUDA plugin); no
-device is looked for. What is kept is a folder's `KEY.json` (memory, places of the devices, what
-failed) and `KEY.hlo.gz` (the program); KEY is a hash of the job, of this package's code but for
-`planning`'s arithmetic, of the tiles of VIBEJAX_TILES, and of the versions of jax and the compiler.
+`compile_job` is such a process. The compilers are the real ones (extra `compile`: libtpu, the CUDA
+plugin); no device is looked for. What is kept is a folder's `KEY.json` (memory, places of the
+devices, what failed) and `KEY.hlo.gz` (the program); KEY is a hash of the job, of this package's
+code but for `planning`'s arithmetic, of the tiles of VIBEJAX_TILES, and of the versions of jax and
+the compiler.
 """
 
 import concurrent.futures
@@ -20,7 +19,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ ENVIRONMENT = {  # the compiler alone: no device is looked for
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+PROCESS = "vibejax.planning.compile_job"
 AS_TEXT = "--xla_dump_hlo_as_text"
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
 SHAPING = ("jobs.py", "slices.py")  # of planning: what a program depends on
@@ -124,7 +123,7 @@ def _compiled(job: Job, folder: Path, limit_s: float) -> Compiled:
         request = path.with_suffix(".job")
         request.write_text(json.dumps(dataclasses.asdict(job)))
         with tempfile.TemporaryDirectory() as dump:
-            command = [sys.executable, "-m", __spec__.name, str(request), str(path), dump]
+            command = [sys.executable, "-m", PROCESS, str(request), str(path), dump]
             flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} {AS_TEXT}".strip()
             told = {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": flags}
             try:
@@ -189,27 +188,8 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _compile(job: Job, dump: Path) -> Compiled:
-    """Compiles in this process, which dumps programs into `dump`."""
-    import jax
-
-    from vibejax.planning import jobs
-
-    traced, mesh = jobs.trace(job)
-    platform = "cuda" if mesh.devices.flat[0].platform == "gpu" else "tpu"
-    start = time.perf_counter()
-    try:
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    except jax.errors.JaxRuntimeError as error:
-        said = str(error)
-        if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
-            raise
-        return Compiled(job.program, **refusal(said), **_places(mesh))
-    found = described(job.program, compiled, mesh, dump)
-    return dataclasses.replace(found, seconds=round(time.perf_counter() - start, 1))
-
-
-def _places(mesh) -> dict[str, Any]:
+def places(mesh) -> dict[str, Any]:
+    """The fields of a `Compiled` that say where the devices are."""
     return {
         "coordinates": [[*getattr(d, "coords", [d.id])] for d in mesh.devices.flat],
         "slices": [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat],
@@ -240,7 +220,7 @@ def described(program: str, compiled, mesh, dump: Path | None = None) -> Compile
         code=memory.generated_code_size_in_bytes,
         largest=hlo.largest_buffers(computations, runs),
         text=text,
-        **_places(mesh),
+        **places(mesh),
     )
 
 
@@ -272,8 +252,3 @@ def refusal(said: str) -> dict[str, Any]:
         )
     ]
     return {"failure": said.splitlines()[0], "needed": needed, "largest": largest[:5]}
-
-
-if __name__ == "__main__":
-    request, out, dumped = map(Path, sys.argv[1:])
-    write(_compile(Job(**json.loads(request.read_text())), dumped), out)
