@@ -51,6 +51,10 @@ def test_a_tied_head_is_accepted_only_as_a_copy(tmp_path):
     src = write_folder(tmp_path / "equal", settings, tensors | head)
     weights.convert(src, tmp_path / "dst", None)
     assert_same(read_folder(tmp_path / "dst"), tensors)
+    halves = make_tensors(settings, "bfloat16")
+    wide = {"lm_head.weight": halves["model.embed_tokens.weight"].astype(np.float32)}
+    weights.convert(write_folder(tmp_path / "wide", settings, halves | wide), tmp_path / "w", None)
+    assert_same(read_folder(tmp_path / "w"), halves)
     head["lm_head.weight"][-1, -1] += 1
     src = write_folder(tmp_path / "other", settings, tensors | head)
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but lm_head.weight"):
@@ -154,6 +158,13 @@ def test_a_bad_checkpoint_gets_one_line(case, tmp_path, capsys):
     change, message = BAD[case]
     change(settings, tensors)
     assert_one_line(write_folder(tmp_path / "src", settings, tensors, 2), message, capsys)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_file_of_the_tokenizer_that_is_not_json_is_not_copied(name, tmp_path, capsys):
+    src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
+    (src / name).write_text("{")
+    assert_one_line(src, f"{name}: not JSON", capsys)
 
 
 def _remove_shard(folder):

@@ -1,11 +1,16 @@
 """python -m vibejax.generate on files: what is stopped goes on, and other settings do not mix."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import tiny
 
 from vibejax import generate
+from vibejax.locations import resolve
 
 POLICY = "package:vibejax/quickstart/policy"
 
@@ -68,6 +73,51 @@ def test_completions_stand_beside_all_of_the_record(whole):
     rows = [json.loads(line) for line in (whole / "whole.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k != "completions"} for row in rows] == tiny.TASK[:4]
     assert all(len(row["completions"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3"])
+def test_a_line_that_is_no_record_is_named(whole, tmp_path, capsys, line):
+    stopped(whole, tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text(f"{line}\n")
+    with pytest.raises(SystemExit):
+        run(whole, tmp_path / "a.jsonl", "--resume")
+    assert "a.jsonl:1 is of another record of the prompts" in capsys.readouterr().err
+
+
+def test_completions_of_another_model_are_not_gone_on_with(whole, tmp_path, capsys):
+    stopped(whole, tmp_path / "a.jsonl")
+    policy = shutil.copytree(resolve(POLICY), tmp_path / "policy")
+    options = ["--out", f"{tmp_path}/a.jsonl", "--samples", "2", "--max-tokens", "6", "--resume"]
+    for name in ("config.json", "generation_config.json", "chat_template.jinja"):
+        file = policy / name
+        before = file.read_text() if file.exists() else None
+        file.write_text((before or "x") + "\n")
+        with pytest.raises(SystemExit):
+            generate.main([str(policy), "--prompts", f"{whole}/p.jsonl", *options])
+        assert "a.jsonl was written with checkpoint = " in capsys.readouterr().err
+        file.write_text(before) if before else file.unlink()
+    generate.main([str(policy), "--prompts", f"{whole}/p.jsonl", *options])
+
+
+def test_what_is_there_is_not_written_over(whole, tmp_path, capsys):
+    out = tmp_path / "a.jsonl"
+    out.write_text("precious")
+    for there in (out, tmp_path):
+        with pytest.raises(SystemExit):
+            run(whole, there)
+        assert f"--out {there}: exists; name another file, or go on" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_what_a_terminal_cannot_write_is_spelled_out():
+    done = subprocess.run(
+        [sys.executable, "-c", "from vibejax.generate import say; say('1 \\u00fc 2')"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("1 \\xfc 2\n", "")
 
 
 @pytest.mark.parametrize("settings", ["", "[1]", "{"])

@@ -76,7 +76,7 @@ def write_gguf(path: Path, architecture: str, tensors: dict, **changes) -> Path:
         "attention.layer_norm_rms_epsilon": 1e-5,
     } | changes
     for key, value in numbers.items():
-        general = key.startswith(("tokenizer.", "split."))
+        general = key.startswith(("tokenizer.", "split.", "general."))
         add(writer, key if general else f"{architecture}.{key}", value)
     for name, tensor in tensors.items():
         kind = kinds.get(name)
@@ -214,7 +214,8 @@ def pieces(tokens: tokenizer.Tokenizer, text: str) -> list[str]:
         # GPT-2 keeps numbers whole.
         ("gpt-2", ["hello", "12", "\u010a", "\u010a", "\u0120", "\u0120hello"]),
         ("qwen2", ["hello", "1", "2", "\u010a", "\u010a", "\u0120", "\u0120hello"]),
-        ("llama-bpe", ["hello", "12", "\u010a", "\u010a", "\u0120", "\u0120hello"]),
+        # Where the file does not say, llama.cpp begins a text of Llama 3's with its BOS.
+        ("llama-bpe", ["<|im_start|>", "hello", "12", "\u010a", "\u010a", "\u0120", "\u0120hello"]),
     ],
 )
 def test_pre_tokenizers_split_as_the_name_says(pre, expected, tmp_path):
@@ -328,6 +329,16 @@ BAD = {
         {"rope.scaling.type": "longrope"},
         r"rope.scaling.type 'longrope' is not supported \(linear, yarn\)",
     ),
+    "rope's attention": (
+        "llama",
+        {"rope.scaling.type": "yarn", "rope.scaling.yarn_attn_factor": 0.5},
+        "rope.scaling.yarn_attn_factor other than 1 is not supported",
+    ),
+    "alignment": (
+        "llama",
+        {"general.alignment": "32"},
+        "general.alignment '32' must be a positive whole number",
+    ),
     "partial rope": ("llama", {"rope.dimension_count": 8}, "dimension_count = 8 must be 16"),
     "parts": ("llama", {"split.count": 3}, "one part of several; join them by llama-gguf-split"),
     "experts": ("llama", {"expert_count": 8}, "llama.expert_count = 8 must be 0"),
@@ -368,6 +379,15 @@ def test_yarn_and_linear_scaling_are_read(tmp_path):
     path = write_gguf(tmp_path / "l.gguf", "qwen2", make_tensors("qwen2"), **scaling)
     rope = weights.load_config(path).rope
     assert (rope.kind, rope.factor, rope.original_context) == ("linear", 4.0, None)
+    for key in ("rope.scaling.factor", "rope.scale_linear"):  # as llama.cpp takes them
+        path = write_gguf(tmp_path / "d.gguf", "qwen2", make_tensors("qwen2"), **{key: 4.0})
+        rope = weights.load_config(path).rope
+        assert (rope.kind, rope.factor) == ("linear", 4.0)
+    scaling["rope.scaling.type"] = "yarn"
+    betas = {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0}
+    path = write_gguf(tmp_path / "b.gguf", "qwen2", make_tensors("qwen2"), **scaling, **betas)
+    rope = weights.load_config(path).rope
+    assert (rope.beta_fast, rope.beta_slow) == (8.0, 2.0)
 
 
 @pytest.mark.parametrize(

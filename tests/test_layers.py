@@ -13,7 +13,8 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"config_file", "preemption"},
     {"progress"},
     {"config", "sharding", "distributed", "rope", "digests", "buckets"},
-    {"attention", "cache", "losses", "verifiers", "locations", "run_folder", "optimizer"}
+    {"locations"},
+    {"attention", "cache", "losses", "verifiers", "run_folder", "optimizer"}
     | {"goodput", "profiling", "weight_products"},
     {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"}
     | {"records"},

@@ -1,7 +1,11 @@
 """Files and shards as written, and folders that appear whole or not at all."""
 
 import json
+import os
 import resource
+import shutil
+import socket
+import subprocess
 
 import pytest
 import safetensors.numpy
@@ -41,7 +45,10 @@ def test_a_write_that_fails_leaves_the_last_export(tmp_path):
 
 def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
     src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
-    for leftover in (".dst.partial", ".dst.old"):  # of processes that were killed
+    host, gone = socket.gethostname(), subprocess.Popen(["true"])
+    gone.wait()
+    killed = [f".dst.partial-{host}-{number}" for number in (gone.pid, os.getpid(), 2**70)]
+    for leftover in (*killed, ".dst.old"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "config.json").write_text("{}")
     weights.convert(src, tmp_path / "dst", None)
@@ -49,8 +56,34 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
     weights.convert(src, tmp_path / "dst", None)
     assert not (tmp_path / "dst/stale").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
+    others = {f".dst.partial-{host}-{os.getppid()}", f".dst.partial-elsewhere-{gone.pid}"}
+    for other in others:  # of processes that write
+        (tmp_path / other).mkdir()
+    weights.convert(src, tmp_path / "dst", None)
+    assert {file.name for file in tmp_path.iterdir()} == {"dst", "src", *others}
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").touch()
     with pytest.raises(CheckpointError, match="home: exists and is no export; name a new folder"):
         weights.convert(src, tmp_path / "home", None)
     assert (tmp_path / "home/thesis.tex").exists()
+
+
+def test_one_file_counts_beside_the_shards_of_an_earlier_save(tmp_path):
+    src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
+    old = {name: 0 * w for name, w in make_tensors(SETTINGS, "float32").items()}
+    write_folder(tmp_path / "old", SETTINGS, old)
+    weights.convert(tmp_path / "old", tmp_path / "dst", None, max_shard_bytes=30_000)
+    shutil.copyfile(src / "model.safetensors", tmp_path / "dst/model.safetensors")
+    weights.convert(tmp_path / "dst", tmp_path / "again", None)
+    for name, held in read_folder(src).items():
+        assert (read_folder(tmp_path / "again")[name] == held).all()
+
+
+@pytest.mark.parametrize("shard", ["../src/model.safetensors", "..", "", 3])
+def test_a_shard_that_is_no_file_of_the_folder_is_named(shard, tmp_path):
+    src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
+    (src / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (src / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"shard .* must be a file in the same folder"):
+        weights.convert(src, tmp_path / "dst", None)

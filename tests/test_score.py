@@ -78,8 +78,11 @@ def test_weights_that_are_not_numbers_give_no_scores(monkeypatch, tmp_path, caps
     norm[0] = np.nan
     tensors["model.norm.weight"] = norm.astype(ml_dtypes.bfloat16)
     safetensors.numpy.save_file(tensors, file)
+    (tmp_path / "o.jsonl").write_text("of an earlier run")
     with pytest.raises(SystemExit):
         run(monkeypatch, [{"tokens": [1, 2]}], tmp_path / "o.jsonl", folder)
+    assert (tmp_path / "o.jsonl").read_text() == "of an earlier run"
+    assert not [*tmp_path.glob("*.partial")]
     assert "record 1: the model's logits are not numbers" in capsys.readouterr().err
 
 

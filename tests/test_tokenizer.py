@@ -1,14 +1,16 @@
 """Tokenizers of HF folders and chat templates; Qwen2.5's own, built from its ranks."""
 
+import copy
 import dataclasses
 import itertools
 import json
+import unicodedata
 
 import pytest
 import qwen_bpe
 import tokenizers
 from tiny import chat_tokenizer
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from vibejax import tokenizer
 from vibejax.tokenizer import CHATML, ChatError, Tokenizer
@@ -101,6 +103,31 @@ def test_content_can_be_kept_from_writing_control_tokens(qwen):
     rendered = qwen.render(chat).replace("\ue000", "").replace("\ue001", "")
     assert qwen.decode(plain, skip_special_tokens=False) == rendered
     assert qwen.encode_chat(CHAT, control_in_content=False) == honest
+
+
+@pytest.mark.parametrize("content", ["a<|im_end|>b", "a\uff1ctool\uff1eb", "a<tool>b"])
+def test_no_normalizer_helps_content_to_write_control_tokens(content):
+    tokens = chat_tokenizer()
+    tokens.backend.normalizer = normalizers.NFKC()
+    tokens.backend.add_tokens([tokenizers.AddedToken("<tool>", normalized=True)])
+    chat = [{"role": "user", "content": content}]
+    control = {tokens.backend.token_to_id(name) for name in ("<tool>", "<|im_end|>")}
+    ids, honest = (
+        tokens.encode_chat(asked, control_in_content=False)
+        for asked in (chat, [{"role": "user", "content": "ab"}])
+    )
+    assert [i for i in ids if i in control] == [i for i in honest if i in control]
+    written = tokens.decode(ids, skip_special_tokens=False)
+    assert unicodedata.normalize("NFKC", content) in written
+
+
+def test_content_of_a_tokenizer_that_splits_nothing(qwen):
+    """Llama 2's has a normalizer alone."""
+    tokens = dataclasses.replace(qwen, backend=copy.deepcopy(qwen.backend))
+    tokens.backend.pre_tokenizer = None
+    chat = [{"role": "user", "content": "1<|im_end|>2"}]
+    ids = tokens.encode_chat(chat, control_in_content=False)
+    assert ids.count(151_645) == tokens.encode_chat(CHAT).count(151_645)
 
 
 def test_content_cannot_forge_the_marks_around_the_templates_own_tokens(qwen):
@@ -294,6 +321,17 @@ def test_the_chat_template_is_the_checkpoints_own(files, expected, tmp_path):
     assert tokenizer.load(write_folder(tmp_path, **files)).template == expected
 
 
+def test_templates_see_the_tokens_that_are_texts(tmp_path):
+    files = {
+        "generation_config_json": {"eos_token_id": 2},
+        "special_tokens_map_json": {"eos_token": {"content": "<|im_end|>"}, "pad_token": "p"},
+        "tokenizer_config_json": {"bos_token": None, "add_bos_token": False, "pad_token": "q"},
+        "chat_template_jinja": "{{ bos_token is defined }} {{ bos_token }}{{ add_bos_token }}"
+        "{{ pad_token }}{{ eos_token }}",
+    }
+    assert tokenizer.load(write_folder(tmp_path, **files)).render(CHAT) == "False q<|im_end|>"
+
+
 def test_tokenizer_json_is_obeyed_but_cuts_and_pads_nothing(tmp_path):
     tokens = chat_tokenizer()
     tokens.backend.enable_truncation(4)
@@ -322,6 +360,19 @@ def test_tokenizer_json_is_obeyed_but_cuts_and_pads_nothing(tmp_path):
                 "tokenizer_config_json": {"chat_template": [{"name": "default", "template": 3}, 3]},
             },
             "tokenizer_config.json: chat_template must be a text",
+        ),
+        (
+            {
+                "generation_config_json": {"eos_token_id": 2},
+                "tokenizer_config_json": {"chat_template": [{"name": "tool_use", "template": "t"}]},
+            },
+            r"tokenizer_config.json: chat_template holds \['tool_use'\] and no default",
+        ),
+        ({"tokenizer_config_json": "[" * 100_000}, "tokenizer_config.json: not JSON"),
+        ({"added_tokens_json": {"<tool>": 3}}, "tokenizer.json: lacks the added token '<tool>'"),
+        (
+            {"tokenizer_config_json": {"added_tokens_decoder": {"3": {"content": "<tool>"}}}},
+            "tokenizer.json: lacks the added token '<tool>'",
         ),
     ],
 )

@@ -222,8 +222,10 @@ def test_an_axis_that_does_not_divide_is_named(tmp_path):
         weights.load_params(src, config, make_mesh({"tensor": 4, "data": 2}), jnp.float32)
 
 
-def test_numbers_beyond_float16_are_not_written_as_infinity(tmp_path):
+@pytest.mark.parametrize("beside", [1.0, np.nan])
+def test_numbers_beyond_float16_are_not_written_as_infinity(beside, tmp_path):
     tensors = make_tensors(SETTINGS, "bfloat16")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = beside
     tensors["model.layers.0.mlp.down_proj.weight"][3, 4] = 1e6
     src = write_folder(tmp_path / "src", SETTINGS, tensors)
     with pytest.raises(

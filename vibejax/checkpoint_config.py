@@ -8,6 +8,7 @@ gguf-py/gguf/constants.py for the metadata keys.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _number(settings, key, path, kind, default=None):
     if value is None:
         raise CheckpointError(f"{path}: key {key!r} is missing")
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or not 0 < value < math.inf or value != kind(value):
+    if not numeric or not 0 < value <= sys.float_info.max or value != kind(value):
         word = "a positive whole number" if kind is int else "a positive number"
         raise CheckpointError(f"{path}: {key} = {value!r} must be {word}")
     return kind(value)
@@ -261,15 +262,27 @@ def _decimal(value: float) -> float:
 
 def _rope_from_gguf(own: Mapping[str, Any], path: Path) -> Rope:
     theta = _decimal(_number(own, "rope.freq_base", path, float, 10_000.0))
-    kind = own.get("rope.scaling.type", "none")
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear"))
+    kind = own.get("rope.scaling.type", "none" if factor is None else "linear")  # as llama.cpp
     if kind == "none":
         return Rope(theta=theta)
     if kind not in ("linear", "yarn"):
         raise CheckpointError(f"{path}: rope.scaling.type {kind!r} is not supported (linear, yarn)")
-    if own.get("rope.scaling.attn_factor", 1.0) != 1.0:
-        raise CheckpointError(f"{path}: rope.scaling.attn_factor other than 1 is not supported")
-    factor = _decimal(_number(own, "rope.scaling.factor", path, float))
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if own.get(f"rope.scaling.{key}", 1.0) != 1.0:
+            raise CheckpointError(f"{path}: rope.scaling.{key} other than 1 is not supported")
+    factor = _decimal(_number({"rope.scaling.factor": factor}, "rope.scaling.factor", path, float))
     if kind == "linear":
         return Rope(theta=theta, kind="linear", factor=factor)
-    original = _number(own, "rope.scaling.original_context_length", path, int)
-    return Rope(theta=theta, kind="yarn", factor=factor, original_context=original)
+    fast, slow = (
+        _decimal(_number(own, f"rope.scaling.yarn_beta_{name}", path, float, usual))
+        for name, usual in (("fast", Rope.beta_fast), ("slow", Rope.beta_slow))
+    )
+    return Rope(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_context=_number(own, "rope.scaling.original_context_length", path, int),
+        beta_fast=fast,
+        beta_slow=slow,
+    )

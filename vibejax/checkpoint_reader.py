@@ -5,7 +5,6 @@ the format is; `qwen2.param_table` decides what they have to be.
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vibejax import checkpoint_config, qwen2
+from vibejax import checkpoint_config, digests, qwen2
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.gguf_reader import GGUFFile
 from vibejax.locations import resolve
@@ -22,6 +21,16 @@ from vibejax.qwen2 import ModelConfig, ParamInfo
 from vibejax.safetensors_folder import SafetensorsFolder, Tensor, read_json
 
 PIECE_BYTES = 16 << 20
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 _QKV_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 
@@ -104,12 +113,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checksums(path: Path) -> dict[str, str]:
-    """File name -> SHA-256, of every file that holds weights of an HF folder or GGUF file."""
-    sums = {}
-    for weights in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        with weights.open("rb") as file:
-            sums[weights.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    """File name -> SHA-256, of what makes an HF folder the model that it is, or of a GGUF file."""
+    files = [path]
+    if path.is_dir():
+        known = ("config.json", *TOKENIZER_FILES)
+        files = [*path.glob("*.safetensors"), *filter(Path.is_file, (path / n for n in known))]
+    return {held.name: digests.of_file(held) for held in sorted(files)}
 
 
 def hf_tensors(config: ModelConfig) -> Iterator[tuple[str, ParamInfo, tuple[int, ...]]]:
@@ -172,8 +181,8 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
         checkpoint.source.tensors[name] for name in ("model.embed_tokens.weight", "lm_head.weight")
     )
     pairs = zip(read_pieces(checkpoint, embedding), read_pieces(checkpoint, head), strict=True)
-    if embedding != head._replace(name=embedding.name) or not all(
-        np.array_equal(a, b) for a, b in pairs
+    if embedding.shape != head.shape or not all(
+        np.array_equal(a.astype(np.float32), b.astype(np.float32)) for a, b in pairs
     ):
         raise CheckpointError(
             f"{checkpoint.path}: tie_word_embeddings is true, but lm_head.weight differs from "
@@ -206,7 +215,7 @@ def cast(piece: np.ndarray, dtype: np.dtype, path: Path, name: str) -> np.ndarra
     if dtype != np.float16:
         return piece.astype(dtype)
     wide = piece.astype(np.float32)
-    largest = float(np.max(np.abs(wide), initial=0.0))
+    largest = float(np.fmax.reduce(np.abs(wide), axis=None, initial=0.0))  # NaN apart
     if largest > float(np.finfo(np.float16).max):
         raise CheckpointError(f"{path}: tensor {name} holds {largest:g}, beyond float16")
     return wide.astype(dtype)

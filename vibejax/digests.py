@@ -12,6 +12,7 @@ defence against somebody who looks for a collision.
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,6 +54,12 @@ def of_tree(tree: Any) -> str:
 def of_text(text: str) -> str:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @jax.jit

@@ -14,7 +14,6 @@ Source: VibeThinker-3B technical report, section 3.1; `configs/evaluate_3b.toml`
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vibejax import meshes, policy, programs, run_folder, scoring, votes
+from vibejax import digests, meshes, policy, programs, run_folder, scoring, votes
 from vibejax.checkpoint_reader import checksums
 from vibejax.config.evaluate import EvaluateConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -142,7 +141,8 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
                 "judge": judge,
                 "config": config.model_dump(),
                 "sets": {
-                    name: {"sha256": _sha256(given.path)} | dataclasses.asdict(scores[name])
+                    name: {"sha256": digests.of_file(resolve(given.path))}
+                    | dataclasses.asdict(scores[name])
                     for name, given in config.sets.items()
                 },
             },
@@ -257,11 +257,6 @@ def _claim(folder: Path, opened: Policy, judge: str | None) -> dict:
         )
     write_json(path, held | {"judge": judge})
     return held
-
-
-def _sha256(source: str) -> str:
-    with resolve(source).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

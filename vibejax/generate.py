@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--out: is for --prompts; the completion of --prompt is printed")
     if args.out is not None and Path(args.out).resolve() == Path(args.prompts).resolve():
         raise InputError(f"--out {args.out}: is the file of the prompts")
+    if args.out is not None and not args.resume and _holds_something(Path(args.out)):
+        raise InputError(f"--out {args.out}: exists; name another file, or go on with --resume")
     programs.prepare()
     path = weights.locate(args.model)
     model = weights.load_config(path)
@@ -121,12 +123,18 @@ def run(args: argparse.Namespace) -> None:
     groups = _groups(engine, requests, how, args.seed)
     if args.prompt is not None:
         for completion in next(groups):
-            print(tokens.decode(completion.text_ids))
+            say(tokens.decode(completion.text_ids))
         return
     with _sink(args, settings) as out:
         for record, group in zip(records, groups, strict=True):
             out.write(json.dumps({**record, "completions": _rows(group, tokens)}) + "\n")
             out.flush()
+
+
+def say(text: str) -> None:
+    """Prints a text; characters that the terminal does not know are spelled out."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _requests(args, tokens, model) -> tuple[list[Request], list[data.Record]]:
@@ -228,11 +236,20 @@ def _resumed(args: argparse.Namespace, records: list[data.Record], settings: dic
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            if done == len(records) or _asked(json.loads(line)) != _asked(records[done]):
+            if done == len(records) or _read(line) != _asked(records[done]):
                 raise InputError(f"--resume: {path}:{done + 1} is of another record of the prompts")
             done, size = done + 1, size + len(line)
         file.truncate(size)
     return done
+
+
+def _read(line: bytes) -> str | None:
+    """What a line of --out was asked; None where it is no line of one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return _asked(record) if isinstance(record, dict) else None
 
 
 def _asked(record: data.Record) -> str:
@@ -244,6 +261,10 @@ def _settings(args: argparse.Namespace, path: Path, dtype: jnp.dtype) -> dict[st
     apart = ("model", "prompt", "prompts", "out", "resume", "slots")
     given = {name: value for name, value in vars(args).items() if name not in apart}
     return given | {"dtype": dtype.name, "checkpoint": checksums(path)}
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
 
 
 def _settings_file(path: Path) -> Path:

@@ -73,7 +73,10 @@ class GGUFFile:
                 self._read_header(file)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
-        except (struct.error, UnicodeDecodeError, IndexError, ArithmeticError, MemoryError):
+        except (
+            struct.error, UnicodeDecodeError, IndexError, ArithmeticError, MemoryError,
+            RecursionError,
+        ):  # fmt: skip
             raise CheckpointError(f"{path}: damaged or truncated GGUF header") from None
 
     def _read_header(self, file: BinaryIO) -> None:
@@ -89,6 +92,10 @@ class GGUFFile:
             self.metadata[key] = _value(file, _u32(file))
         infos = [self._tensor_info(file) for _ in range(tensors)]
         alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise CheckpointError(
+                f"{self.path}: general.alignment {alignment!r} must be a positive whole number"
+            )
         start = -(-file.tell() // alignment) * alignment
         size = self.path.stat().st_size
         for stored_name, shape, kind, offset in infos:

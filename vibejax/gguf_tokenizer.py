@@ -69,7 +69,7 @@ def build_backend(file: GGUFFile) -> tokenizers.Tokenizer:
         ]
     )
     bos = _token_id(file, "bos_token_id")
-    if own.get("add_bos_token") and bos is not None:
+    if own.get("add_bos_token", name == "llama-bpe") and bos is not None:  # as llama.cpp
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )

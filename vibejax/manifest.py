@@ -1,7 +1,6 @@
 """What a finished stage of a pipeline says of itself: its inputs, outputs, metrics and versions."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vibejax import weights
+from vibejax import digests, weights
 from vibejax.checkpoint_reader import checksums
 from vibejax.config_file import InputError
 from vibejax.locations import resolve
@@ -37,7 +36,7 @@ def inputs(settings: Any, own: Path) -> dict[str, dict[str, str]]:
         with contextlib.suppress(InputError, OSError, ValueError):
             path = resolve(text)
             if path.is_file():
-                found[text] = {path.name: _sha256(path)}
+                found[text] = {path.name: digests.of_file(path)}
             elif path.is_dir():
                 found[text] = checksums(weights.locate(text))
     return found
@@ -54,12 +53,9 @@ def _strings(value: Any) -> Iterator[str]:
 def outputs(folder: Path) -> dict[str, str]:
     """The sums of a step's own files and of its final model."""
     files = [path for part in (folder, folder / "final") for path in sorted(part.glob("*"))]
-    return {str(path.relative_to(folder)): _sha256(path) for path in files if path.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        str(path.relative_to(folder)): digests.of_file(path) for path in files if path.is_file()
+    }
 
 
 def metrics(folder: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from vibejax.checkpoint_reader import (
 )
 from vibejax.config_file import InputError, errors_in_one_line
 from vibejax.locations import resolve
-from vibejax.safetensors_folder import Tensor, published, write_json
+from vibejax.safetensors_folder import Tensor, published, read_json, write_json
 
 SHOWN = 60  # characters of a value in a message
 
@@ -108,7 +108,9 @@ def specialists(probe: Path) -> list[Source]:
     path = probe / "probe.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; has the probe finished?")
-    best = json.loads(path.read_text())["specialists"]
+    best = read_json(path).get("specialists")
+    if not isinstance(best, dict) or not all(isinstance(model, str) for model in best.values()):
+        raise InputError(f"{path}: 'specialists' must map domains to checkpoints")
     return [Source(model, float(n)) for model, n in collections.Counter(best.values()).items()]
 
 

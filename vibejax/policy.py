@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from vibejax import (
     benchmarks,
     data,
+    digests,
     distributed,
     meshes,
     rollout,
@@ -26,7 +26,7 @@ from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
-from vibejax.qwen2 import ModelConfig
+from vibejax.qwen2 import ModelConfig, Params
 from vibejax.run_folder import Log, RunError
 from vibejax.tokenizer import Tokenizer
 from vibejax.verifiers import Outcome, Verdict
@@ -93,6 +93,13 @@ def check_context(name: str, model: ModelConfig, config: SamplerConfig) -> None:
         )
 
 
+def digest(policy: Policy, params: Params) -> str:
+    """Of all that a run starts from: weights as they were loaded, tokenizer and chat template."""
+    tokens = policy.tokenizer
+    held = (digests.of_tree(params), tokens.backend.to_str(), tokens.template, *tokens.eos_ids)
+    return digests.of_text(json.dumps(held))
+
+
 def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Prompt]:
     """The prompts of a file, which all can be verified; their records hold no answers.
 
@@ -150,15 +157,15 @@ def answers(
     Raises:
         RunError: the logits are not numbers.
     """
-    digests = [_digest(prompt.record) for prompt in prompts]
+    sums = [_digest(prompt.record) for prompt in prompts]
     with contextlib.closing(Log(path)) as log:
         found = {(row["prompt"], row["record_sha256"]): row["completions"] for row in log.rows}
 
         def store(n: int, rows: list[dict[str, Any]]) -> None:
-            found[n, digests[n]] = rows
-            log.append({"prompt": n, "record_sha256": digests[n], "completions": rows})
+            found[n, sums[n]] = rows
+            log.append({"prompt": n, "record_sha256": sums[n], "completions": rows})
 
-        held = {n: found[n, digest] for n, digest in enumerate(digests) if (n, digest) in found}
+        held = {n: found[n, digest] for n, digest in enumerate(sums) if (n, digest) in found}
         for n, rows in _verified_again(held, prompts, pool):
             store(n, rows)
         missing = [n for n in range(len(prompts)) if n not in held]
@@ -182,7 +189,7 @@ def answers(
             store(n, [_row(policy, c, v) for c, v in zip(completions, verdicts, strict=True)])
     return [
         Answers(prompt, found[n, digest])
-        for n, (prompt, digest) in enumerate(zip(prompts, digests, strict=True))
+        for n, (prompt, digest) in enumerate(zip(prompts, sums, strict=True))
     ]
 
 
@@ -223,4 +230,4 @@ def _verified_again(
 
 def _digest(record: data.Record) -> str:
     text = json.dumps(record, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digests.of_text(text)

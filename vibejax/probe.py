@@ -263,7 +263,7 @@ def _rows_of(subject: Subject, config: ProbeConfig, mesh, pool: Pool, log: Log) 
         domain: {
             "checkpoint": subject.policy.name,
             "domain": domain,
-            "weights_sha256": held,
+            "checkpoint_sha256": held,
             "prompts_sha256": hashlib.sha256(resolve(source).read_bytes()).hexdigest(),
         }
         for domain, source in config.domains.items()

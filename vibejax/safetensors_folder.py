@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,17 +75,17 @@ class SafetensorsFolder:
 
 def _shard_names(folder: Path) -> dict[Path, list[str] | None]:
     """Shard -> the tensors to take from it, None for all."""
+    if (folder / SINGLE).exists():  # beside it an index is of an earlier save, as in transformers
+        return {folder / SINGLE: None}
     index = folder / INDEX
     if not index.exists():
-        if not (folder / SINGLE).exists():
-            raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-        return {folder / SINGLE: None}
+        raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: key 'weight_map' must map tensor names to files")
     shards: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
             raise CheckpointError(f"{index}: shard {file!r} must be a file in the same folder")
         shards.setdefault(folder / file, []).append(name)
     return shards
@@ -124,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
@@ -195,20 +196,22 @@ def published(dst: Path, needed: int) -> Iterator[Path]:
     Args:
         dst: folder to be; an earlier export there is replaced. Whatever fails, it stays as it
             was; a process killed between two renames leaves it beside as `.NAME.old`, from
-            where the next call puts it back.
+            where the next call puts it back. Of several processes the last one's is there.
         needed: bytes that will be written, for the message.
 
     Raises:
         CheckpointError: `dst` is something else than an export, or cannot be written.
     """
-    staging, old = (dst.parent / f".{dst.name}.{end}" for end in ("partial", "old"))
+    old = dst.parent / f".{dst.name}.old"
+    staging = _staging(dst, os.getpid())
     try:
         if old.exists() and not dst.exists():
             old.rename(dst)
         if dst.exists() and not _replaceable(dst):
             raise CheckpointError(f"{dst}: exists and is no export; name a new folder")
         dst.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        for left in _abandoned(dst):
+            shutil.rmtree(left, ignore_errors=True)
         staging.mkdir()
         yield staging
         for file in staging.iterdir():
@@ -226,6 +229,30 @@ def published(dst: Path, needed: int) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _abandoned(dst: Path) -> Iterator[Path]:
+    """What processes of this host were writing when they were killed."""
+    stem = _staging(dst, "")
+    for path in dst.parent.iterdir():
+        process = path.name.removeprefix(stem.name)
+        if path.name != process and process.isdigit():
+            if int(process) == os.getpid() or not _runs(int(process)):
+                yield path
+
+
+def _staging(dst: Path, process: int | str) -> Path:
+    return dst.parent / f".{dst.name}.partial-{socket.gethostname()}-{process}"
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _replaceable(dst: Path) -> bool:

@@ -115,7 +115,21 @@ def _sink(out: str | None) -> contextlib.AbstractContextManager[TextIO]:
         return contextlib.nullcontext(sys.stdout)
     path = buckets.on_disk(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w")
+    if path.exists() and not path.is_file():  # a pipe, say
+        return path.open("w")
+    return _replaced(path)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[TextIO]:
+    """A file to write, which takes the place of `path` when all went well."""
+    part = path.with_name(path.name + ".partial")
+    try:
+        with part.open("w") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

