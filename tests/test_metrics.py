@@ -35,6 +35,12 @@ def test_tensorboard_has_every_step(tmp_path):
     ]
 
 
+def test_a_run_that_begins_anew_voids_all_that_was_there(tmp_path):
+    metrics = Metrics(tmp_path, 0, {})
+    metrics.close()
+    assert events(tmp_path)[1].step == 0
+
+
 def test_a_full_disk_is_the_writers_error(tmp_path, monkeypatch):
     """And the next one's too: nothing waits for a thread that has died."""
     metrics = Metrics(tmp_path, 0, {})

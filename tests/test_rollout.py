@@ -12,6 +12,7 @@ from vibejax.config.rl import ObjectiveConfig, RlConfig
 from vibejax.data import Prompt
 from vibejax.records import DataError
 from vibejax.rollout import Rollout
+from vibejax.run_folder import RunError
 from vibejax.verifiers import Outcome, Verdict
 
 
@@ -84,25 +85,83 @@ class State(int):
         return State(int(self) + other)
 
 
-def test_the_first_update_that_is_not_finite_is_the_last(monkeypatch):
-    given = rolled("rw", "rw", "rw")
-    finite = iter([1.0, 0.0, 1.0])
+@pytest.fixture
+def update(monkeypatch):
+    """The update of a rollout with a made-up trainer; gives what each update learnt from too."""
 
-    def apply(state, sums):
-        counted = {"policy/clipped_tokens": 0.0, "policy/entropy": 0.0}
-        good = next(finite)
-        return state + int(good), counted | {"optimizer/finite": good}
+    def update(given, updates, apart=None, finite=(1.0,) * 9, **objective):
+        """`apart`: of each document, how far the trainer's log-probs are from the sampler's."""
+        finite, learnt = iter(finite), []
 
-    def scores(step, params, documents, *_):
-        return None, [np.zeros(len(d.tokens), np.float32) for d in documents]
+        def apply(state, sums):
+            number, good = len(learnt), next(finite)
+            return state + int(good), {
+                "policy/loss": 1.0 * number, "policy/clipped_tokens": 1.0, "policy/entropy": 2.0,
+                "policy/reference_kl": 3.0 * number, "optimizer/finite": good,
+                "optimizer/grad_norm": 4.0, "optimizer/learning_rate": 5.0 * number,
+            }  # fmt: skip
 
-    config = RlConfig(
-        policy="", prompts="", objective={"updates": 3}, train={"row_tokens": 64},
-        rollout={"prompts_per_step": 3, "max_prompt_tokens": 8, "max_completion_tokens": 8},
-    )  # fmt: skip
-    monkeypatch.setattr(policy_update.train, "sum_documents", scores)
-    monkeypatch.setattr(policy_update, "_with_channel", lambda _, __, documents, ___: documents)
-    programs = types.SimpleNamespace(train_step=types.SimpleNamespace(apply=apply))
-    setup = types.SimpleNamespace(config=config, programs=programs, mesh=None)
-    state, metrics = policy_update.update(setup, State(0), given, None)
+        def scores(step, params, documents, *_):
+            learnt.append(documents)
+            return None, [d.channels["trainer"] for d in documents]
+
+        def with_channel(_, __, documents, name):
+            return [
+                dataclasses.replace(d, channels=d.channels | {name: d.channels["trainer"]})
+                for d in documents
+            ]
+
+        def documents(*args, real=rollout.documents, **options):
+            made = real(*args, **options)
+            for d, x in zip(made, apart or [0.0] * len(made), strict=True):
+                d.channels["trainer"] = d.channels["sampler_logprob"] + np.float32(x)
+            return made
+
+        config = RlConfig(
+            policy="", prompts="", objective={"updates": updates} | objective,
+            train={"row_tokens": 64},
+            rollout={"prompts_per_step": updates, "max_prompt_tokens": 8,
+                     "max_completion_tokens": 8},
+        )  # fmt: skip
+        monkeypatch.setattr(policy_update.train, "sum_documents", scores)
+        monkeypatch.setattr(policy_update.rollout, "documents", documents)
+        monkeypatch.setattr(policy_update, "_with_channel", with_channel)
+        programs = types.SimpleNamespace(train_step=types.SimpleNamespace(apply=apply))
+        setup = types.SimpleNamespace(config=config, programs=programs, mesh=None)
+        reference = {} if objective.get("kl") else None
+        return (*policy_update.update(setup, State(0), given, reference), learnt)
+
+    return update
+
+
+def test_the_first_update_that_is_not_finite_is_the_last(update):
+    state, metrics, _ = update(rolled("rw", "rw", "rw"), 3, finite=(1.0, 0.0, 1.0))
     assert (state, metrics["optimizer/finite"]) == (1, 0.0)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_all_tokens_of_a_step_are_compared_before_any_is_learnt_from(update, updates):
+    given = rolled("rw", "rw")
+    with pytest.raises(RunError, match=r"mean \|d logp\| = 2.5 nats is above"):
+        update(given, updates, [0, 0, 5, 5])
+    _, metrics, _ = update(given, updates, [0, 0, 0.01, 0.01])
+    assert metrics["agreement/mean_abs_dlogp"] == pytest.approx(0.005)
+    _, metrics, _ = update(rolled("rr", "rw"), updates, [0, 0, 0.01, 0.01])  # one group teaches
+    assert metrics["agreement/mean_abs_dlogp"] == pytest.approx(0.01)
+    _, metrics, _ = update(rolled("rr", "ww"), updates)
+    assert "agreement/mean_abs_dlogp" not in metrics
+
+
+def test_a_steps_metrics_are_of_all_its_updates(update):
+    _, metrics, learnt = update(rolled("rw", "rw"), 2)
+    assert [metrics[f"policy/{name}"] for name in ("loss", "reference_kl")] == [1.5, 4.5]
+    assert metrics["policy/clipped"] == 2 / 16 and metrics["policy/entropy"] == 4 / 16
+    assert metrics["optimizer/learning_rate"] == 10.0
+    # Each update's loss is a mean: of two completions, 4 tokens each.
+    assert [sum(d.weights.sum() for d in part) for part in learnt] == [1.0, 1.0]
+
+
+def test_nothing_is_learnt_from_what_is_left_out_of_the_loss(update):
+    for objective, counts in (({}, [4]), ({"mask_truncated": True}, [3])):
+        _, _, learnt = update(rolled("rwwW"), 1, kl=0.1, **objective)
+        assert [len(part) for part in learnt] == counts

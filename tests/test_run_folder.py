@@ -1,7 +1,8 @@
 """Run folders: begun, gone on with, and by one command both."""
 
 import json
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -51,12 +52,11 @@ def test_what_cannot_be_gone_on_with(tmp_path):
 def test_a_run_whose_first_file_found_no_room_begins(tmp_path, monkeypatch):
     out = tmp_path / "r"
 
-    def full(self, text):
-        self.touch()
+    def full(handle):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(run_folder.os, "fsync", full)
         with pytest.raises(RunError, match=r"r/config\.part: No space left on device"):
             run_folder.open_run(configured(out, resume=False), "sft")
     assert run_folder.open_run(configured(out, resume=False), "sft") == out
@@ -69,19 +69,59 @@ def test_data_that_has_changed_is_no_data_to_go_on_with(tmp_path, monkeypatch):
     config = configured(tmp_path / "run", heldout=str(heldout))
     config = config.model_copy(update={"data": str(data)})
     folder = run_folder.open_run(config, "sft")
-    check = lambda: run_folder.require_same_data(config, folder, "data", "heldout")  # noqa: E731
+
+    def check(policy="1"):
+        run_folder.require_same_data(config, folder, "data", "heldout", policy=policy)
+
     check()
     check()
     data.write_text("two\n")
     with pytest.raises(RunError, match=r"data\.jsonl: has changed since the run in .*run began"):
         check()
     data.write_text("one\n")
+    with pytest.raises(RunError, match=r"p: has changed since the run in"):
+        check("2")
     check()
 
     other = json.loads((folder / "data.json").read_text()) | {"heldout": "0"}
-    monkeypatch.setattr(run_folder.distributed, "gather", lambda value: [value, other])
-    with pytest.raises(RunError, match=r"heldout\.jsonl: process 1 has another file of that name"):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.distributed, "gather", lambda value: [value, other])
+        with pytest.raises(RunError, match=r"heldout\.jsonl: is another one for process 1"):
+            check()
+    (folder / "data.json").write_text("")
+    with pytest.raises(RunError, match=r"data\.json: damaged \("):
         check()
+
+
+HOLDING = """
+import sys, time
+from vibejax import run_folder
+from vibejax.config.sft import SftConfig
+config = SftConfig(policy="p", data="d", steps=1, out=sys.argv[1], resume="auto")
+with run_folder.kept(config, run_folder.open_run(config, "sft")):
+    print("holds", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_belongs_to_one_process(tmp_path):
+    config = configured(tmp_path / "run")
+    command = [sys.executable, "-c", HOLDING, config.out]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "holds\n"
+        for begin in (run_folder.check_run, lambda c: run_folder.open_run(c, "sft")):
+            with pytest.raises(RunError, match=r"run: another process is at this run"):
+                begin(config)
+        with pytest.raises(RunError, match="run: another process is at this run"):
+            with run_folder.kept(config, tmp_path / "run"):
+                pass
+    finally:
+        other.kill()
+        other.communicate()
+    for _ in range(2):
+        with run_folder.kept(config, run_folder.open_run(config, "sft")):
+            pass
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vibejax import data, digests, distributed, exchange, handover, rollout
+from vibejax import data, digests, distributed, exchange, handover, rollout, run_folder
 from vibejax.data import Prompt
 from vibejax.decode import Sampling
 from vibejax.rl_setup import Setup
@@ -75,9 +75,9 @@ def mixed_prompts(
         RunError: all groups are all right or all wrong.
     """
     path = folder / "kept_prompts.json"
-    stored = distributed.from_first(lambda: path.read_text() if path.is_file() else None)
+    stored = distributed.from_first(lambda: run_folder.read_whole(path, None))
     if stored is not None:
-        kept = set(json.loads(stored))
+        kept = set(stored)
     else:
         how, samples = _training_draws(setup), setup.config.rollout.group_size
         rolled = _sample(setup, state, prompts, pool, how, samples, FILTER_DRAWS)
@@ -87,9 +87,7 @@ def mixed_prompts(
         if not kept:
             raise RunError("drop_solved: no prompt has a group that is partly right")
         if distributed.first():
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(sorted(kept)))
-            part.replace(path)
+            run_folder.write_whole(path, json.dumps(sorted(kept)))
     return [p for p in prompts if p.index in kept]
 
 

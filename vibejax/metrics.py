@@ -34,7 +34,8 @@ class Metrics:
             columns: of the table: title -> (metric, format).
         """
         self.log = Log(folder / "metrics.jsonl", step)
-        self._board = _Board(folder / "tensorboard", step + 1) if distributed.first() else None
+        first = step + 1 if step else 0  # at step 0 a run begins anew, as its log does
+        self._board = _Board(folder / "tensorboard", first) if distributed.first() else None
         self._columns = columns
         self._console = Console(file=sys.stderr, highlight=False, quiet=not distributed.first())
         self._header = False

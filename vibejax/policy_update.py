@@ -34,32 +34,53 @@ def update(
     documents = rollout.documents(
         rolled, advantage_NG, objective, max_tokens=config.rollout.max_completion_tokens
     )
-    slices = np.array_split(np.arange(len(documents)), objective.updates)
+    metrics: dict[str, float] = rollout.group_metrics(rolled)
+    metrics["rollout/groups_mixed"] = float((advantage_NG != 0).any(axis=1).mean())
     if objective.updates > 1:
+        # Each update's loss is a mean over its own part.
+        documents = [
+            dataclasses.replace(d, weights=objective.updates * d.weights) for d in documents
+        ]
         documents = _with_channel(setup, state.params, documents, "old_logprob")
     if reference is not None:
         documents = _with_channel(setup, reference, documents, "reference_logprob")
-    metrics: dict[str, float] = rollout.group_metrics(rolled)
-    metrics["rollout/groups_mixed"] = float((advantage_NG != 0).any(axis=1).mean())
     here = [completion.here for group in rolled.completions for completion in group]
-    for part, indices in enumerate(slices):
-        if reference is None:
-            indices = [i for i in indices if documents[i].channels["advantage"].any()]
-        chosen = [documents[i] for i in indices]
+    before = {  # any update, of the documents that there is something to learn from
+        i: d.channels.get("old_logprob")
+        for i, d in enumerate(documents)
+        if d.weights.any() and (reference is not None or d.channels["advantage"].any())
+    }
+    updates: list[dict[str, float]] = []
+    for part in np.array_split(np.arange(len(documents)), objective.updates):
+        indices = sorted({*part.tolist()} & before.keys())
         sums, logprobs = train.sum_documents(
-            step, state.params, chosen, config.train, setup.mesh, exchange.place
-        )
-        if part == 0 and chosen:
-            own = [(d, x) for i, d, x in zip(indices, chosen, logprobs, strict=True) if here[i]]
-            metrics |= _agreement(own, objective, cut=rollout.is_cut(setup.config.rollout))
+            step, state.params, [documents[i] for i in indices], config.train, setup.mesh,
+            exchange.place,
+        )  # fmt: skip
+        if not updates and before:
+            if objective.updates == 1:
+                before = dict(zip(indices, logprobs, strict=True))
+            own = [(documents[i], x) for i, x in before.items() if here[i]]
+            metrics |= _agreement(own, objective, cut=rollout.is_cut(config.rollout))
         state, values = step.apply(state, sums)
-        metrics |= {name: float(value) for name, value in values.items()}
-        learnt = sum(np.count_nonzero(d.weights) for d in chosen)
-        metrics["policy/clipped"] = metrics.pop("policy/clipped_tokens") / max(learnt, 1)
-        metrics["policy/entropy"] /= max(learnt, 1)
-        if not metrics["optimizer/finite"]:
+        updates.append({name: float(value) for name, value in values.items()})
+        if not updates[-1]["optimizer/finite"]:
             break
-    return state, metrics
+    learnt = sum(np.count_nonzero(documents[i].weights) for i in before)
+    return state, metrics | _means(updates, learnt)
+
+
+def _means(updates: Sequence[dict[str, float]], learnt: int) -> dict[str, float]:
+    """A step's metrics from those of its updates, which learnt from that many tokens together."""
+    total = {name: sum(update[name] for update in updates) for name in updates[0]}
+    tokens = max(learnt, 1)
+    clipped, entropy = total.pop("policy/clipped_tokens"), total.pop("policy/entropy")
+    return {
+        **{name: value / len(updates) for name, value in total.items()},
+        **{name: updates[-1][name] for name in ("optimizer/finite", "optimizer/learning_rate")},
+        "policy/clipped": clipped / tokens,
+        "policy/entropy": entropy / tokens,
+    }
 
 
 def _agreement(

@@ -112,9 +112,11 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         jax.set_mesh(setup.mesh),
         contextlib.closing(_checkpoints(folder, config)) as checkpoints,
     ):
-        run_folder.require_same_data(config, folder, "prompts", "heldout")
+        start = _load(setup)
+        held = policy.digest(setup.policy, start)
+        run_folder.require_same_data(config, folder, "prompts", "heldout", policy=held)
         reference = _load(setup) if config.objective.kl else None
-        state = train.init_state(_load(setup), setup.programs.optimizer)
+        state = train.init_state(start, setup.programs.optimizer)
         if config.resume:
             state = checkpoints.restore_latest(state)
         done = int(state.step) // config.objective.updates
@@ -226,7 +228,7 @@ def _write_samples(samples: Log, step: int, rolled: Rollout, setup: Setup) -> No
 
 
 def _announce_gain(evaluations: list[dict[str, Any]], seconds: float) -> None:
-    if not evaluations:
+    if len(evaluations) < 2:
         return
     before_N, after_N = (np.asarray(evaluations[i]["accuracy"]) for i in (0, -1))
     low, high = scoring.bootstrap_interval(after_N - before_N)

@@ -272,11 +272,14 @@ def documents(
 ) -> list[Document]:
     """One document a completion, prompt first, with its per-token weights and channels.
 
-    Of a completion that is not here the prompt is zeros too.
+    Of a completion that is not here the prompt is zeros too. Those that objective.mask_truncated
+    leaves out weigh nothing.
     """
     weight_NG = mgpo.token_weights(
         rollout.length_NG.ravel(), config.aggregation, constant=max_tokens
     ).reshape(advantage_NG.shape)
+    if config.mask_truncated:
+        weight_NG = np.where(rollout.truncated_NG, 0, weight_NG)
     out = []
     for n, prompt in enumerate(rollout.prompts):
         for g, completion in enumerate(rollout.completions[n]):

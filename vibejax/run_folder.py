@@ -2,13 +2,13 @@
 
 A folder holds config.toml, data.json, metrics.jsonl, heldout.jsonl, samples.jsonl, tensorboard/,
 checkpoints/, logs/, exports/ and, at the end, final/; the last two hold HF folders. While an RL run
-samples, journal/ holds what it has sampled. All processes of a run see the same folder; the first
-one writes what is not named after a process. Where `out` names a folder of a bucket, each process
-has a working folder instead, as `buckets` says.
+samples, journal/ holds what it has sampled; `lock` is locked while it runs. All processes of a run
+see the same folder; the first one writes what is not named after a process. Where `out` names a
+folder of a bucket, each process has a working folder instead, as `buckets` says.
 """
 
 import contextlib
-import hashlib
+import fcntl
 import itertools
 import json
 import os
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from vibejax import buckets, config_file, distributed
+from vibejax import buckets, config_file, digests, distributed
 from vibejax.config_file import InputError, Section
 from vibejax.locations import resolve
 
@@ -52,6 +52,7 @@ def _checked(config: Section, changeable: Sequence[str]) -> Path:
     if buckets.named(config.out):
         buckets.require_writable(config.out)
         folder = buckets.work_folder(config.out, distributed.process())
+        _require_free(config, folder)
         buckets.restore(config.out, folder, distributed.process())
     _check(config, folder, changeable)
     return folder
@@ -71,6 +72,7 @@ def _check(config: Section, folder: Path, changeable: Sequence[str]) -> None:
         if _taken(config, folder):
             raise RunError(f"{config.out}: exists; choose another out, or go on with resume = true")
         return
+    _require_free(config, folder)
     stored_path = folder / "config.toml"
     if not stored_path.is_file():
         raise RunError(f"{config.out}: has no config.toml, so there is no run to resume")
@@ -129,58 +131,119 @@ def _open(config: Section, stage: str, changeable: Sequence[str]) -> Path:
         return folder
     folder = folder if config.out else _fresh(stage)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / PART
-    try:
-        part.write_text(config_file.dump(config))
-    except OSError as error:
-        raise RunError(f"{part}: {error.strerror}") from None
-    part.replace(folder / "config.toml")  # with it a run has begun
+    # With it a run has begun.
+    write_whole(folder / "config.toml", config_file.dump(config), part=folder / PART)
     if buckets.named(config.out):
         buckets.upload(folder / "config.toml", buckets.join(config.out, "config.toml"))
     return folder
 
 
-def require_same_data(config: Section, folder: Path, *fields: str) -> None:
-    """Checks that files are in every process what they were when the run began.
+def require_same_data(config: Section, folder: Path, *fields: str, policy: str) -> None:
+    """Checks that what a run reads is in every process what it was when the run began.
 
-    The order of their records, and what a run keeps of them, goes by the records' numbers. The
-    folder's data.json holds the SHA-256 sums of a run that has begun.
+    The order of a file's records, and what a run keeps of them, goes by the records' numbers. The
+    folder's data.json holds the sums of a run that has begun.
 
     Args:
         config: the run's.
         folder: of the run, in use.
         fields: of `config` that name files; those that name none are left out.
+        policy: a digest of what the run starts from.
 
     Raises:
-        RunError: a file has changed since, or is another one on another host.
+        RunError: something has changed since, or is another on another host.
     """
     names = {field: getattr(config, field) for field in fields if getattr(config, field)}
-    sums = {}
-    for field, name in names.items():
-        with resolve(name).open("rb") as file:
-            sums[field] = hashlib.file_digest(file, "sha256").hexdigest()
+    sums = {field: digests.of_file(resolve(name)) for field, name in names.items()}
+    names["policy"], sums["policy"] = config.policy or "the new policy", policy
     for process, other in enumerate(distributed.gather(sums)):
         for field in (field for field in names if other[field] != sums[field]):
-            raise RunError(f"{names[field]}: process {process} has another file of that name")
+            raise RunError(f"{names[field]}: is another one for process {process}")
     path = folder / "data.json"
     if not distributed.first():
         return
-    stored = json.loads(path.read_text()) if path.is_file() else sums
-    for field in (field for field in names if stored[field] != sums[field]):
+    stored = dict(read_whole(path, sums))
+    for field in (field for field in names if stored.get(field) != sums[field]):
         raise RunError(
-            f"{names[field]}: has changed since the run in {folder} began; go on with the file as "
-            "it was, or begin another run"
+            f"{names[field]}: has changed since the run in {folder} began; go on with what it was, "
+            "or begin another run"
         )
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(sums))
-    part.replace(path)
+    write_whole(path, json.dumps(sums))
+
+
+def write_whole(path: Path, text: str, part: Path | None = None) -> None:
+    """Makes a file hold a text, whatever happens: all of it, or what it held before.
+
+    Args:
+        path: of the file.
+        text: that it is to hold.
+        part: where it is written first; None: beside.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    part = part or path.with_suffix(".part")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise RunError(f"{part}: {error.strerror}") from None
+
+
+def read_whole(path: Path, default: Any) -> Any:
+    """The JSON that `write_whole` has put there; `default` where there is no file.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text()) if path.is_file() else default
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error})") from None
+
+
+def _lock_file(config: Section, folder: Path) -> Path:
+    """Locked by who is at a run; a working folder goes and comes again, so there it is beside."""
+    if buckets.named(config.out):
+        return folder.with_name(f"{folder.name}.lock")
+    return folder / "lock"
+
+
+def _require_free(config: Section, folder: Path) -> None:
+    if _lock_file(config, folder).exists():
+        with _claimed(config, folder):
+            pass
+
+
+@contextlib.contextmanager
+def _claimed(config: Section, folder: Path) -> Iterator[None]:
+    """Keeps processes that are not of the run from it, for as long as this one lives at most.
+
+    Raises:
+        RunError: another is at it.
+    """
+    if not (buckets.named(config.out) or distributed.first()):
+        yield
+        return
+    with _lock_file(config, folder).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{config.out or folder}: another process is at this run") from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
 
 
 @contextlib.contextmanager
 def kept(config: Section, folder: Path) -> Iterator[Callable[[], None]]:
-    """Has a run's bucket, where it has one, hold what its working folder does; see `buckets`.
+    """Keeps a run from other processes, and has its bucket hold what its working folder does.
 
-    Of several processes each goes on when all have uploaded what is theirs.
+    Where it has one, see `buckets`: of several processes each goes on when all have uploaded what
+    is theirs.
 
     Args:
         config: the run's.
@@ -190,8 +253,15 @@ def kept(config: Section, folder: Path) -> Iterator[Callable[[], None]]:
         What is to be called before a checkpoint is saved: it waits until the bucket has all.
 
     Raises:
+        RunError: another process is at the run.
         BucketError: what the run leaves could not be uploaded; it is in its working folder.
     """
+    with _claimed(config, folder), _uploaded(config, folder) as sync:
+        yield sync
+
+
+@contextlib.contextmanager
+def _uploaded(config: Section, folder: Path) -> Iterator[Callable[[], None]]:
     if not buckets.named(config.out):
         yield lambda: None
         return

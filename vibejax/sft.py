@@ -20,6 +20,7 @@ import numpy as np
 
 from vibejax import (
     data,
+    digests,
     distributed,
     goodput,
     memory_plan,
@@ -116,7 +117,6 @@ def run(config: SftConfig) -> Path:
             Checkpoints(place, keep=kept.keep, keep_every=kept.keep_every)
         ) as checkpoints,
     ):
-        run_folder.require_same_data(config, folder, "data", "heldout")
         adamw = optimizer.make_optimizer(config.optimizer, setup.steps)
         schedule = optimizer.make_schedule(config.optimizer, setup.steps)
         loss_fn = make_loss(setup.model, config)
@@ -127,7 +127,10 @@ def run(config: SftConfig) -> Path:
             lambda params, rows: _logprobs(params, rows, setup.model, config),
             out_shardings=sharding.replicated(setup.mesh),
         )
-        state = train.init_state(_params(setup), adamw)
+        start = _params(setup)
+        held = digests.of_tree(start)
+        run_folder.require_same_data(config, folder, "data", "heldout", policy=held)
+        state = train.init_state(start, adamw)
         if config.resume:
             state = checkpoints.restore_latest(state)
         done = int(state.step)

@@ -53,7 +53,7 @@ class ObjectiveConfig(Section):
     clip_low: Share = default(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: Positive = default(0.28, "the ratio is clipped above 1 + clip_high")
     updates: Count = default(
-        1, "optimizer updates on the prompts of a step; the report's RL is on-policy: 1"
+        1, "optimizer updates of a step, each on its share of the prompts; the report's RL: 1"
     )
     aggregation: Literal["sequence", "token", "constant"] = default(
         "sequence", "which mean over tokens the loss is: the report's, DAPO's or Dr. GRPO's"

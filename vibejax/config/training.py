@@ -33,7 +33,7 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    """How documents become rows and rows become gradients; no choice here changes the result."""
+    """How documents become rows and rows become gradients; `dtype` alone changes the result."""
 
     row_tokens: Count = default(
         65_536, "tokens of a packed row; mesh.context cuts it in multiples of 512, or in less"
