@@ -52,14 +52,14 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
             steps, value, [low, high], fmt="o-", capsize=3, label="held-out, 95% interval"
         )
     accuracy.set(title="pass@1", ylim=(0, 1))
-    accuracy.legend()
     _curve(length, rows, "rollout/length", color="tab:green")
     length.set(title="tokens of a completion", ylim=(0, None))
     _curve(agreement, rows, "agreement/mean_abs_dlogp", label="mean", color="tab:red")
     _curve(agreement, rows, "agreement/max_abs_dlogp", label="largest", color="tab:orange")
     agreement.set(title="|sampler - trainer log-prob|, nats", yscale="log")
-    agreement.legend()
     for axis in axes:
+        if axis.get_legend_handles_labels()[0]:  # a run may have learnt from nothing
+            axis.legend()
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.savefig(out, dpi=110)
