@@ -17,7 +17,7 @@ LAYERS = (  # bottom first; a folder counts as one module
     {"attention", "cache", "losses", "verifiers", "run_folder", "optimizer"}
     | {"goodput", "profiling", "weight_products"},
     {"qwen2", "packing", "metrics", "arithmetic", "benchmarks", "votes", "programs", "watchdog"}
-    | {"records"},
+    | {"records", "chat_template"},
     {"domains", "sampler_copy", "meshes", "job_queue", "page_pool"},
     {"checkpoint_config"},
     {"safetensors_folder"},

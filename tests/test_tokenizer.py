@@ -13,7 +13,8 @@ from tiny import chat_tokenizer
 from tokenizers import normalizers, pre_tokenizers
 
 from vibejax import tokenizer
-from vibejax.tokenizer import CHATML, ChatError, Tokenizer
+from vibejax.chat_template import CHATML, ChatError
+from vibejax.tokenizer import Tokenizer
 from vibejax.weights import CheckpointError
 
 CHAT = [{"role": "user", "content": "What is 12+34?"}]

@@ -9,8 +9,9 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from vibejax import arithmetic, qwen2, tokenizer, weights
+from vibejax.chat_template import CHATML
 from vibejax.rope import Rope
-from vibejax.tokenizer import CHATML, Tokenizer
+from vibejax.tokenizer import Tokenizer
 
 TASK = [{"prompt": f"{a}+{b}=", "verifier": "math", "ground_truth": str(a + b)}
         for a in range(3) for b in range(4)]  # fmt: skip

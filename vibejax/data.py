@@ -16,8 +16,9 @@ import grain
 import numpy as np
 
 from vibejax import benchmarks
+from vibejax.chat_template import TextError
 from vibejax.records import DataError, Record, read_records
-from vibejax.tokenizer import TextError, Tokenizer
+from vibejax.tokenizer import Tokenizer
 from vibejax.verifiers import worker
 
 REFILL_SEEDS = 1_000_003  # apart, so that runs of neighbouring seeds share no order

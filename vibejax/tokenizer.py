@@ -9,50 +9,23 @@ Source: transformers' utils/chat_template_utils.py.
 """
 
 import dataclasses
-import datetime
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
-from jinja2 import nodes
 
-from vibejax import gguf_tokenizer
+from vibejax import chat_template, gguf_tokenizer
+from vibejax.chat_template import CHATML, ChatError, Message, TextError
 from vibejax.checkpoint_config import CheckpointError
-from vibejax.config_file import InputError
 from vibejax.gguf_reader import GGUFFile
 from vibejax.safetensors_folder import read_json, write_json
-
-Message = Mapping[str, Any]  # `role` and `content`, and what else the template reads
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 # Private-use characters that stand around a control token which a message wrote.
 _MARK = re.compile("[\ue000\ue001]")
 _MARKED = re.compile("\ue000([^\ue000\ue001]*)\ue001")
-
-# Unicode's noncharacters, which no text holds, stand around what {% generation %} encloses.
-_GENERATED = re.compile("\ufdd0([^\ufdd0\ufdd1]*)\ufdd1")
-_GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\b")
-
-
-class TextError(InputError):
-    """A text that cannot become tokens; the message is one line."""
-
-
-class ChatError(TextError):
-    """A chat template is broken, or refuses the messages; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,17 +85,9 @@ class Tokenizer:
     def _render(self, messages, add_generation_prompt: bool, *, mark_turns: bool = False) -> str:
         named = {key: _token_text(v) for key, v in self.settings.items() if key.endswith("_token")}
         named = {key: text for key, text in named.items() if isinstance(text, str)}
-        try:
-            return _compile(self.template, mark_turns).render(
-                **named,
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-            )
-        except Exception as error:  # a template is a foreign program and fails as it likes
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ChatError(f"chat template: {reason}") from None
+        return chat_template.render(
+            self.template, messages, named, add_generation_prompt, mark_turns=mark_turns
+        )
 
     def encode_chat(
         self,
@@ -173,7 +138,7 @@ class Tokenizer:
                 assistant's turns begin and end.
         """
         speaking = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        marked = _GENERATION_TAG.search(self.template)
+        marked = chat_template.marks_turns(self.template)
         pieces = self._marked_turns(messages) if marked else self._turns_by_beginnings(messages)
         if len(pieces) != len(speaking):
             raise ChatError(
@@ -203,7 +168,7 @@ class Tokenizer:
     def _marked_turns(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
         """What comes before each {% generation %} block, and the block."""
         text = self._render(messages, False, mark_turns=True)
-        pieces = _GENERATED.split(text)
+        pieces = chat_template.split_at_marks(text)
         if "".join(pieces) != self.render(messages, False):
             raise ChatError("chat template: changes what its {% generation %} blocks enclose")
         return list(zip(pieces[::2], pieces[1::2], strict=False))
@@ -272,49 +237,6 @@ class Tokenizer:
 def _token_text(value: Any) -> Any:
     """tokenizer_config.json writes a token as its text or as an object that holds it."""
     return value.get("content") if isinstance(value, Mapping) else value
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, transformers' tag around the assistant's turns."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        if self.environment.mark_turns:
-            first, last = (
-                nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in "\ufdd0\ufdd1"
-            )
-            body = [first, *body, last]
-        return nodes.Scope(body, lineno=line)
-
-
-@functools.cache
-def _compile(template: str, mark_turns: bool) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.extend(mark_turns=mark_turns)
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # jinja2's own filter escapes HTML.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def load(path: Path) -> Tokenizer:

@@ -5,7 +5,7 @@ import dataclasses
 import qwen_bpe
 import transformers
 
-from vibejax.tokenizer import CHATML
+from vibejax.chat_template import CHATML
 
 CHAT = [
     {"role": "system", "content": "You compute."},
