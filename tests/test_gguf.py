@@ -379,6 +379,10 @@ def test_yarn_and_linear_scaling_are_read(tmp_path):
     path = write_gguf(tmp_path / "l.gguf", "qwen2", make_tensors("qwen2"), **scaling)
     rope = weights.load_config(path).rope
     assert (rope.kind, rope.factor, rope.original_context) == ("linear", 4.0, None)
+    path = write_gguf(
+        tmp_path / "z.gguf", "qwen2", make_tensors("qwen2"), **{"rope.scaling.factor": 0.0}
+    )
+    assert weights.load_config(path).rope.kind == "default"
     for key in ("rope.scaling.factor", "rope.scale_linear"):  # as llama.cpp takes them
         path = write_gguf(tmp_path / "d.gguf", "qwen2", make_tensors("qwen2"), **{key: 4.0})
         rope = weights.load_config(path).rope

@@ -137,6 +137,7 @@ def update(monkeypatch):
 def test_the_first_update_that_is_not_finite_is_the_last(update):
     state, metrics, _ = update(rolled("rw", "rw", "rw"), 3, finite=(1.0, 0.0, 1.0))
     assert (state, metrics["optimizer/finite"]) == (1, 0.0)
+    assert metrics["policy/entropy"] == 4 / 16  # of the tokens of two updates
 
 
 @pytest.mark.parametrize("updates", [1, 2])

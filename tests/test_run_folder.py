@@ -70,23 +70,27 @@ def test_data_that_has_changed_is_no_data_to_go_on_with(tmp_path, monkeypatch):
     config = config.model_copy(update={"data": str(data)})
     folder = run_folder.open_run(config, "sft")
 
-    def check(policy="1"):
-        run_folder.require_same_data(config, folder, "data", "heldout", policy=policy)
+    def check(policy="1", tokenizer="2"):
+        run_folder.require_same_data(
+            config, folder, "data", "heldout", policy=policy, tokenizer=tokenizer
+        )
 
     check()
     check()
     data.write_text("two\n")
-    with pytest.raises(RunError, match=r"data\.jsonl: has changed since the run in .*run began"):
+    with pytest.raises(RunError, match=r"data\.jsonl: changed since the run in .*run began"):
         check()
     data.write_text("one\n")
-    with pytest.raises(RunError, match=r"p: has changed since the run in"):
-        check("2")
+    with pytest.raises(RunError, match=r"p: the parameters: changed since the run in"):
+        check(policy="2")
+    with pytest.raises(RunError, match=r"p: the tokenizer: changed since the run in"):
+        check(tokenizer="1")
     check()
 
     other = json.loads((folder / "data.json").read_text()) | {"heldout": "0"}
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.distributed, "gather", lambda value: [value, other])
-        with pytest.raises(RunError, match=r"heldout\.jsonl: is another one for process 1"):
+        with pytest.raises(RunError, match=r"heldout\.jsonl: not the same for process 1"):
             check()
     (folder / "data.json").write_text("")
     with pytest.raises(RunError, match=r"data\.json: damaged \("):

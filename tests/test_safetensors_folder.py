@@ -1,17 +1,16 @@
 """Files and shards as written, and folders that appear whole or not at all."""
 
 import json
-import os
 import resource
 import shutil
-import socket
 import subprocess
+import sys
 
 import pytest
 import safetensors.numpy
 from hf_folder import SETTINGS, make_tensors, read_folder, write_folder
 
-from vibejax import weights
+from vibejax import safetensors_folder, weights
 from vibejax.weights import CheckpointError
 
 
@@ -45,10 +44,7 @@ def test_a_write_that_fails_leaves_the_last_export(tmp_path):
 
 def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
     src = write_folder(tmp_path / "src", SETTINGS, make_tensors(SETTINGS, "float32"))
-    host, gone = socket.gethostname(), subprocess.Popen(["true"])
-    gone.wait()
-    killed = [f".dst.partial-{host}-{number}" for number in (gone.pid, os.getpid(), 2**70)]
-    for leftover in (*killed, ".dst.old"):
+    for leftover in (".dst.00ff.partial", ".dst.old"):  # of processes that were killed
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "config.json").write_text("{}")
     weights.convert(src, tmp_path / "dst", None)
@@ -56,16 +52,35 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
     weights.convert(src, tmp_path / "dst", None)
     assert not (tmp_path / "dst/stale").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
-    others = {f".dst.partial-{host}-{os.getppid()}", f".dst.partial-elsewhere-{gone.pid}"}
-    for other in others:  # of processes that write
-        (tmp_path / other).mkdir()
-    weights.convert(src, tmp_path / "dst", None)
-    assert {file.name for file in tmp_path.iterdir()} == {"dst", "src", *others}
+    with safetensors_folder.published(tmp_path / "dst", 0) as folder:  # while another writes
+        weights.convert(src, tmp_path / "dst", None)
+        (folder / "config.json").write_text("the last")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dst", "src"]
+    assert (tmp_path / "dst/config.json").read_text() == "the last"
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").touch()
     with pytest.raises(CheckpointError, match="home: exists and is no export; name a new folder"):
         weights.convert(src, tmp_path / "home", None)
     assert (tmp_path / "home/thesis.tex").exists()
+
+
+EXPORTS = """
+import sys
+from pathlib import Path
+from vibejax import safetensors_folder
+for _ in range(200):
+    with safetensors_folder.published(Path(sys.argv[1]), 0) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text("")
+"""
+
+
+def test_exports_of_two_processes_to_one_folder_are_whole(tmp_path):
+    command = [sys.executable, "-c", EXPORTS, str(tmp_path / "dst")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [(p.communicate()[1], p.returncode) for p in processes] == [(b"", 0)] * 2
+    assert [file.name for file in tmp_path.iterdir()] == ["dst"]
+    assert len([*(tmp_path / "dst").iterdir()]) == 2
 
 
 def test_one_file_counts_beside_the_shards_of_an_earlier_save(tmp_path):

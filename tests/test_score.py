@@ -34,6 +34,9 @@ def test_records_come_out_with_log_probs(monkeypatch, tmp_path):
     out.parent.mkdir()
     records = [{"tokens": [1, 2, 3], "id": 7}, {"messages": [{"role": "user", "content": "1+1="}]}]
     first, second = run(monkeypatch, records, out)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    assert run(monkeypatch, records, link) == [first, second] and link.is_symlink()
     assert first["id"] == 7 and first["tokens"] == [1, 2, 3]
     for row in (first, second):
         assert len(row["tokens"]) == len(row["logprobs"]) and row["logprobs"][0] is None
@@ -78,7 +81,8 @@ def test_weights_that_are_not_numbers_give_no_scores(monkeypatch, tmp_path, caps
     norm[0] = np.nan
     tensors["model.norm.weight"] = norm.astype(ml_dtypes.bfloat16)
     safetensors.numpy.save_file(tensors, file)
-    (tmp_path / "o.jsonl").write_text("of an earlier run")
+    (tmp_path / "there").write_text("of an earlier run")
+    (tmp_path / "o.jsonl").symlink_to("there")
     with pytest.raises(SystemExit):
         run(monkeypatch, [{"tokens": [1, 2]}], tmp_path / "o.jsonl", folder)
     assert (tmp_path / "o.jsonl").read_text() == "of an earlier run"

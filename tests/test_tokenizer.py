@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import unicodedata
 
 import pytest
 import qwen_bpe
@@ -106,20 +105,29 @@ def test_content_can_be_kept_from_writing_control_tokens(qwen):
     assert qwen.encode_chat(CHAT, control_in_content=False) == honest
 
 
-@pytest.mark.parametrize("content", ["a<|im_end|>b", "a\uff1ctool\uff1eb", "a<tool>b"])
-def test_no_normalizer_helps_content_to_write_control_tokens(content):
+@pytest.mark.parametrize(
+    ("content", "form", "name"),
+    [
+        ("a<|im_end|>b", normalizers.NFKC(), "<tool>"),
+        ("a\uff1ctool\uff1eb", normalizers.NFKC(), "<tool>"),
+        ("<tool>\u0338\uff1ctool\uff1eb", normalizers.NFKC(), "<tool>"),  # one goes, one comes
+        ("a<tool>b", normalizers.NFKC(), "<tool>"),
+        ("a<Tool>b", normalizers.Lowercase(), "<TOOL>"),
+    ],
+)
+def test_no_normalizer_helps_content_to_write_control_tokens(content, form, name):
     tokens = chat_tokenizer()
-    tokens.backend.normalizer = normalizers.NFKC()
-    tokens.backend.add_tokens([tokenizers.AddedToken("<tool>", normalized=True)])
+    tokens.backend.normalizer = form
+    tokens.backend.add_tokens([tokenizers.AddedToken(name, normalized=True)])
     chat = [{"role": "user", "content": content}]
-    control = {tokens.backend.token_to_id(name) for name in ("<tool>", "<|im_end|>")}
+    control = {tokens.backend.token_to_id(name) for name in (name, "<|im_end|>")}
     ids, honest = (
         tokens.encode_chat(asked, control_in_content=False)
         for asked in (chat, [{"role": "user", "content": "ab"}])
     )
     assert [i for i in ids if i in control] == [i for i in honest if i in control]
     written = tokens.decode(ids, skip_special_tokens=False)
-    assert unicodedata.normalize("NFKC", content) in written
+    assert ("ool" in written) == ("ool" in content)  # spelled out, not left out
 
 
 def test_content_of_a_tokenizer_that_splits_nothing(qwen):

@@ -262,9 +262,10 @@ def _decimal(value: float) -> float:
 
 def _rope_from_gguf(own: Mapping[str, Any], path: Path) -> Rope:
     theta = _decimal(_number(own, "rope.freq_base", path, float, 10_000.0))
-    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear"))
-    kind = own.get("rope.scaling.type", "none" if factor is None else "linear")  # as llama.cpp
-    if kind == "none":
+    # As llama.cpp, to which a factor of 0 is none.
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear")) or None
+    kind = own.get("rope.scaling.type", "linear")
+    if kind == "none" or (kind == "linear" and factor is None):
         return Rope(theta=theta)
     if kind not in ("linear", "yarn"):
         raise CheckpointError(f"{path}: rope.scaling.type {kind!r} is not supported (linear, yarn)")

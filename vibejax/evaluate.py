@@ -240,14 +240,14 @@ def _claim(folder: Path, opened: Policy, judge: str | None) -> dict:
     """Says in the folder whose completions it holds, and whose verdicts.
 
     Raises:
-        RunError: those of other weights, or of another judge.
+        RunError: those of another checkpoint, or of another judge.
     """
     held = {"name": opened.name, "sha256": checksums(opened.path)}
     path = folder / "checkpoint.json"
     stored = {"judge": judge} | (json.loads(path.read_text()) if path.is_file() else held)
     if {name: stored.get(name) for name in held} != held:
         raise RunError(
-            f"{folder}: holds completions of other weights than {opened.name} has now; choose "
+            f"{folder}: holds completions of another checkpoint than {opened.name} is now; choose "
             "another out"
         )
     if stored["judge"] != judge:

@@ -26,7 +26,7 @@ from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
 from vibejax.engine import Engine, engine_mesh
 from vibejax.locations import resolve
-from vibejax.qwen2 import ModelConfig, Params
+from vibejax.qwen2 import ModelConfig
 from vibejax.run_folder import Log, RunError
 from vibejax.tokenizer import Tokenizer
 from vibejax.verifiers import Outcome, Verdict
@@ -91,13 +91,6 @@ def check_context(name: str, model: ModelConfig, config: SamplerConfig) -> None:
             f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {longest} is more than "
             f"the {model.context} positions of {name}"
         )
-
-
-def digest(policy: Policy, params: Params) -> str:
-    """Of all that a run starts from: weights as they were loaded, tokenizer and chat template."""
-    tokens = policy.tokenizer
-    held = (digests.of_tree(params), tokens.backend.to_str(), tokens.template, *tokens.eos_ids)
-    return digests.of_text(json.dumps(held))
 
 
 def read_prompts(policy: Policy, source: str, config: SamplerConfig) -> list[Prompt]:

@@ -37,7 +37,7 @@ def update(
     metrics: dict[str, float] = rollout.group_metrics(rolled)
     metrics["rollout/groups_mixed"] = float((advantage_NG != 0).any(axis=1).mean())
     if objective.updates > 1:
-        # Each update's loss is a mean over its own part.
+        # Weights are those of the whole rollout, of which an update has a share.
         documents = [
             dataclasses.replace(d, weights=objective.updates * d.weights) for d in documents
         ]
@@ -50,7 +50,7 @@ def update(
         for i, d in enumerate(documents)
         if d.weights.any() and (reference is not None or d.channels["advantage"].any())
     }
-    updates: list[dict[str, float]] = []
+    updates, learnt = [], 0
     for part in np.array_split(np.arange(len(documents)), objective.updates):
         indices = sorted({*part.tolist()} & before.keys())
         sums, logprobs = train.sum_documents(
@@ -64,9 +64,9 @@ def update(
             metrics |= _agreement(own, objective, cut=rollout.is_cut(config.rollout))
         state, values = step.apply(state, sums)
         updates.append({name: float(value) for name, value in values.items()})
+        learnt += sum(np.count_nonzero(documents[i].weights) for i in indices)
         if not updates[-1]["optimizer/finite"]:
             break
-    learnt = sum(np.count_nonzero(documents[i].weights) for i in before)
     return state, metrics | _means(updates, learnt)
 
 

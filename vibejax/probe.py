@@ -12,7 +12,6 @@ Source: VibeThinker-3B (arXiv 2606.16140) sec. 2.1, Diversity-Exploring Distilla
 import collections
 import dataclasses
 import glob
-import hashlib
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vibejax import buckets, meshes, policy, programs, report, rollout, run_folder, scoring
+from vibejax import buckets, digests, meshes, policy, programs, report, rollout, run_folder, scoring
 from vibejax.checkpoint_reader import checksums
 from vibejax.config.probe import ProbeConfig
 from vibejax.config_file import errors_in_one_line, parse_args
@@ -264,7 +263,7 @@ def _rows_of(subject: Subject, config: ProbeConfig, mesh, pool: Pool, log: Log) 
             "checkpoint": subject.policy.name,
             "domain": domain,
             "checkpoint_sha256": held,
-            "prompts_sha256": hashlib.sha256(resolve(source).read_bytes()).hexdigest(),
+            "prompts_sha256": digests.of_file(resolve(source)),
         }
         for domain, source in config.domains.items()
     }

@@ -21,6 +21,7 @@ import numpy as np
 
 from vibejax import (
     data,
+    digests,
     distributed,
     goodput,
     group_sampling,
@@ -112,11 +113,13 @@ def run(config: RlConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
         jax.set_mesh(setup.mesh),
         contextlib.closing(_checkpoints(folder, config)) as checkpoints,
     ):
-        start = _load(setup)
-        held = policy.digest(setup.policy, start)
-        run_folder.require_same_data(config, folder, "prompts", "heldout", policy=held)
+        params, tokens = _load(setup), setup.policy.tokenizer
+        run_folder.require_same_data(
+            config, folder, "prompts", "heldout", tokenizer=tokens.digest,
+            policy=digests.of_tree(params),
+        )  # fmt: skip
         reference = _load(setup) if config.objective.kl else None
-        state = train.init_state(start, setup.programs.optimizer)
+        state = train.init_state(params, setup.programs.optimizer)
         if config.resume:
             state = checkpoints.restore_latest(state)
         done = int(state.step) // config.objective.updates

@@ -138,7 +138,9 @@ def _open(config: Section, stage: str, changeable: Sequence[str]) -> Path:
     return folder
 
 
-def require_same_data(config: Section, folder: Path, *fields: str, policy: str) -> None:
+def require_same_data(
+    config: Section, folder: Path, *fields: str, policy: str, tokenizer: str
+) -> None:
     """Checks that what a run reads is in every process what it was when the run began.
 
     The order of a file's records, and what a run keeps of them, goes by the records' numbers. The
@@ -148,24 +150,27 @@ def require_same_data(config: Section, folder: Path, *fields: str, policy: str) 
         config: the run's.
         folder: of the run, in use.
         fields: of `config` that name files; those that name none are left out.
-        policy: a digest of what the run starts from.
+        policy: a digest of the parameters that the run starts from.
+        tokenizer: a digest of its tokenizer.
 
     Raises:
         RunError: something has changed since, or is another on another host.
     """
     names = {field: getattr(config, field) for field in fields if getattr(config, field)}
     sums = {field: digests.of_file(resolve(name)) for field, name in names.items()}
-    names["policy"], sums["policy"] = config.policy or "the new policy", policy
+    of = config.policy or "a new policy"
+    names |= {"policy": f"{of}: the parameters", "tokenizer": f"{of}: the tokenizer"}
+    sums |= {"policy": policy, "tokenizer": tokenizer}
     for process, other in enumerate(distributed.gather(sums)):
         for field in (field for field in names if other[field] != sums[field]):
-            raise RunError(f"{names[field]}: is another one for process {process}")
+            raise RunError(f"{names[field]}: not the same for process {process}")
     path = folder / "data.json"
     if not distributed.first():
         return
     stored = dict(read_whole(path, sums))
     for field in (field for field in names if stored.get(field) != sums[field]):
         raise RunError(
-            f"{names[field]}: has changed since the run in {folder} began; go on with what it was, "
+            f"{names[field]}: changed since the run in {folder} began; go on with what was there, "
             "or begin another run"
         )
     write_whole(path, json.dumps(sums))

@@ -9,10 +9,13 @@ header, the header, then the tensors in order.
 """
 
 import contextlib
+import errno
+import fcntl
+import glob
 import json
 import os
+import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,24 +206,30 @@ def published(dst: Path, needed: int) -> Iterator[Path]:
         CheckpointError: `dst` is something else than an export, or cannot be written.
     """
     old = dst.parent / f".{dst.name}.old"
-    staging = _staging(dst, os.getpid())
+    name = f".{dst.name}.{secrets.token_hex(4)}"
+    staging, lock = dst.parent / f"{name}.partial", None
     try:
         if old.exists() and not dst.exists():
-            old.rename(dst)
+            with contextlib.suppress(FileNotFoundError):
+                _moved(old, dst)
         if dst.exists() and not _replaceable(dst):
             raise CheckpointError(f"{dst}: exists and is no export; name a new folder")
         dst.parent.mkdir(parents=True, exist_ok=True)
-        for left in _abandoned(dst):
-            shutil.rmtree(left, ignore_errors=True)
-        staging.mkdir()
+        _remove_abandoned(dst)
+        # Locked before it has the name by which others find it.
+        unseen = dst.parent / f"{name}.new"
+        unseen.mkdir()
+        lock = _locked(unseen)
+        unseen.rename(staging)
         yield staging
         for file in staging.iterdir():
             _sync(file)
         _sync(staging)
-        if dst.exists():
+        # A rename cannot replace a folder that holds something; another process may be faster.
+        while not _moved(staging, dst):
             shutil.rmtree(old, ignore_errors=True)
-            dst.rename(old)  # a rename cannot replace a folder that holds something
-        staging.rename(dst)
+            with contextlib.suppress(FileNotFoundError):
+                _moved(dst, old)
         _sync(dst.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
@@ -228,35 +237,51 @@ def published(dst: Path, needed: int) -> Iterator[Path]:
             f"{dst}: not written, {error.strerror} ({needed / 1e9:.2f} GB to write)"
         ) from None
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _abandoned(dst: Path) -> Iterator[Path]:
-    """What processes of this host were writing when they were killed."""
-    stem = _staging(dst, "")
-    for path in dst.parent.iterdir():
-        process = path.name.removeprefix(stem.name)
-        if path.name != process and process.isdigit():
-            if int(process) == os.getpid() or not _runs(int(process)):
-                yield path
-
-
-def _staging(dst: Path, process: int | str) -> Path:
-    return dst.parent / f".{dst.name}.partial-{socket.gethostname()}-{process}"
-
-
-def _runs(process: int) -> bool:
+def _moved(folder: Path, name: Path) -> bool:
+    """Renames a folder; False where something is there already."""
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+        folder.rename(name)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         return False
-    except PermissionError:  # another user's
-        return True
     return True
 
 
+def _remove_abandoned(dst: Path) -> None:
+    """Removes what processes were writing when they were killed: nobody holds its lock."""
+    for path in dst.parent.glob(f".{glob.escape(dst.name)}.*.partial"):
+        with contextlib.suppress(OSError):  # it is written, or the file system knows no locks
+            lock = _locked(path, always=False)
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path, *, always: bool = True) -> int:
+    """A handle that locks a folder until it is closed; `always`: also where that cannot be."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if not always:
+            os.close(handle)
+            raise
+    return handle
+
+
 def _replaceable(dst: Path) -> bool:
-    return dst.is_dir() and ((dst / "config.json").exists() or not any(dst.iterdir()))
+    try:
+        held = {path.name for path in dst.iterdir()}
+    except FileNotFoundError:  # another process replaces it
+        return True
+    except NotADirectoryError:
+        return False
+    return "config.json" in held or not held
 
 
 def _sync(path: Path) -> None:

@@ -113,7 +113,7 @@ def _ids(record: data.Record, tokens, model, where: str) -> np.ndarray:
 def _sink(out: str | None) -> contextlib.AbstractContextManager[TextIO]:
     if out is None:
         return contextlib.nullcontext(sys.stdout)
-    path = buckets.on_disk(out)
+    path = buckets.on_disk(out).resolve()  # through a link
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a pipe, say
         return path.open("w")

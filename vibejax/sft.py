@@ -72,6 +72,7 @@ class Setup:
 
     Attributes:
         source: the checkpoint, or the folder of the tokenizer.
+        tokenizer: its digest.
         steps: optimizer steps of the whole run.
         total: documents of the whole run, those of each pass counted anew.
         eos_ids: at which the trained policy stops; empty: those of `source`.
@@ -79,6 +80,7 @@ class Setup:
 
     config: SftConfig
     source: Path
+    tokenizer: str
     model: ModelConfig
     mesh: jax.sharding.Mesh
     documents: list[Demonstration]
@@ -127,10 +129,12 @@ def run(config: SftConfig) -> Path:
             lambda params, rows: _logprobs(params, rows, setup.model, config),
             out_shardings=sharding.replicated(setup.mesh),
         )
-        start = _params(setup)
-        held = digests.of_tree(start)
-        run_folder.require_same_data(config, folder, "data", "heldout", policy=held)
-        state = train.init_state(start, adamw)
+        params = _params(setup)
+        run_folder.require_same_data(
+            config, folder, "data", "heldout", tokenizer=setup.tokenizer,
+            policy=digests.of_tree(params),
+        )  # fmt: skip
+        state = train.init_state(params, adamw)
         if config.resume:
             state = checkpoints.restore_latest(state)
         done = int(state.step)
@@ -212,6 +216,7 @@ def set_up(config: SftConfig) -> Setup:
     return Setup(
         config=config,
         source=source,
+        tokenizer=tokens.digest,
         model=model,
         mesh=mesh,
         documents=read.documents,

@@ -10,6 +10,7 @@ Source: transformers' utils/chat_template_utils.py.
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import tokenizers
 
-from vibejax import chat_template, gguf_tokenizer
+from vibejax import chat_template, digests, gguf_tokenizer
 from vibejax.chat_template import CHATML, ChatError, Message, TextError
 from vibejax.checkpoint_config import CheckpointError
 from vibejax.gguf_reader import GGUFFile
@@ -48,6 +49,12 @@ class Tokenizer:
     def vocab(self) -> int:
         """One more than the largest token id; a model's vocabulary may be padded beyond it."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that decides which tokens a chat becomes."""
+        held = (self.backend.to_str(), self.template, self.eos_ids, dict(self.settings))
+        return digests.of_text(json.dumps(held, sort_keys=True))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, in which the names of special tokens stand for those tokens.
@@ -215,23 +222,33 @@ class Tokenizer:
     def _marked(self, value: Any) -> Any:
         """A message, or what is in one, with marks around the control tokens that it writes."""
         if isinstance(value, str):
-            value, control = _MARK.sub("", value), self._added
-            if self.backend.normalizer is not None:
-                normal = self.backend.normalizer.normalize_str(value)
-                if len(control.findall(normal)) > len(control.findall(value)):
-                    value = normal  # which writes one that cannot be seen before
-            return control.sub("\ue000\\g<0>\ue001", value)
+            pieces = self._added.split(_MARK.sub("", value))
+            return "".join(
+                f"\ue000{piece}\ue001" if i % 2 else self._marked_once_normal(piece)
+                for i, piece in enumerate(pieces)
+            )
         if isinstance(value, Mapping):
             return {key: self._marked(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._marked(item) for item in value]
         return value
 
+    def _marked_once_normal(self, text: str) -> str:
+        """A text without control tokens, of which its normal form may hold some."""
+        if self.backend.normalizer is None:
+            return text
+        normal = self.backend.normalizer.normalize_str(text)
+        return self._added.sub("\ue000\\1\ue001", normal) if self._added.search(normal) else text
+
     @functools.cached_property
     def _added(self) -> re.Pattern:
-        names = [t.content for t in self.backend.get_added_tokens_decoder().values()]
-        names.sort(key=len, reverse=True)  # a longer token first, before one that it contains
-        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+        tokens = [*self.backend.get_added_tokens_decoder().values()]
+        names = {token.content for token in tokens}
+        if (normalizer := self.backend.normalizer) is not None:
+            names |= {normalizer.normalize_str(t.content) for t in tokens if t.normalized}
+        # A longer token first, before one that it contains.
+        found = "|".join(map(re.escape, sorted(names - {""}, key=len, reverse=True)))
+        return re.compile(f"({found or '(?!)'})")
 
 
 def _token_text(value: Any) -> Any:

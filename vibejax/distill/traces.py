@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import enum
 import functools
-import hashlib
 import json
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import jax
 
-from vibejax import policy
+from vibejax import digests, policy
 from vibejax.checkpoint_reader import checksums
 from vibejax.config.distill import DistillConfig
 from vibejax.data import Prompt, Record
@@ -163,7 +162,7 @@ def fingerprint(checkpoint: Policy) -> str:
 def digest(value: Any) -> str:
     """A hash of plain data."""
     text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digests.of_text(text)
 
 
 def _flat(answers: list[Answers]) -> Iterator[tuple[Prompt, int, dict[str, Any]]]:
@@ -185,7 +184,7 @@ def _answers_of(
 ) -> Iterator[tuple[Lesson, list[Answers]]]:
     """The completions of one teacher."""
     config, teacher = setup.config, lessons[0].teacher
-    held = fingerprint(teacher)[:16]  # other weights write another file
+    held = fingerprint(teacher)[:16]  # another checkpoint writes another file
 
     @functools.cache
     def load():
