@@ -255,6 +255,15 @@ def test_a_run_that_is_done_loads_nothing_and_may_get_more_repeats(folder, engin
     assert len(engine.asked[0]) == asked + 2 and len(read(folder)[0]) == 4
 
 
+def test_completions_of_other_weights_are_not_gone_on_with(folder, engine, monkeypatch):
+    run(folder)
+    before = read(folder)
+    monkeypatch.setattr(policy, "checksums", lambda path: {"model.safetensors": "0"})
+    with pytest.raises(InputError, match="out: holds completions of another checkpoint than"):
+        run(folder, "resume=true", "repeats=2")
+    assert read(folder) == before
+
+
 def test_other_questions_are_asked_anew_about_the_same_completions(folder, engine):
     run(folder)
     asked = [len(chats) for chats in engine.asked.values()]

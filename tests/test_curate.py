@@ -132,6 +132,28 @@ def test_verl_columns_are_read_and_stay(tmp_path):
     assert read(tmp_path / "out.dropped.jsonl")[0]["id"] == 8
 
 
+def test_a_part_of_a_table_of_which_nothing_is_kept(tmp_path):
+    records = [{"prompt": "one"}] * 600 + [{"prompt": "two"}]
+    run(configured(tmp_path, records, source="in.parquet", out="out.parquet"))
+    assert [row["prompt"] for row in read(tmp_path / "out.parquet")] == ["one", "two"]
+
+
+def test_a_file_belongs_to_one_process(tmp_path):
+    writer = Writer(tmp_path / "out.jsonl")
+    writer.write_records([{"a": 1}])
+    with pytest.raises(InputError, match=r"out\.jsonl: another process is writing it"):
+        Writer(tmp_path / "out.jsonl")
+    writer.close()
+    assert read(tmp_path / "out.jsonl") == [{"a": 1}]
+
+
+def test_half_a_character_has_no_place_in_a_table(tmp_path):
+    writer = Writer(tmp_path / "out.parquet")
+    with pytest.raises(InputError, match=r"out\.parquet: .*\.jsonl takes any records"):
+        writer.write_records([{"a": "\ud800"}])
+    writer.discard()
+
+
 def test_bounds_on_length(tmp_path):
     records = [{"id": n, "prompt": "x" * n, "completion": "y" * n} for n in (2, 5, 9)]
     bounds = {"min_prompt": 3, "max_trace": 8}

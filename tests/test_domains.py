@@ -48,6 +48,13 @@ def test_files_are_a_function_of_the_seed(files):
     assert len(files["math_heldout"]) == 512
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        domains.main([str(tmp_path / "file")])
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_demonstrations_are_right_except_those_of_instruct_and_guesses(files):
     shares = {"instruct": 0.5, "stem": 1 - 0.4 * 3 / 4}  # a guess is right in one of four cases
     with Pool(workers=2) as pool:

@@ -66,6 +66,29 @@ def test_command_combines_the_judge_with_other_verifiers(model, monkeypatch, tmp
     assert alone["outcome"] == "correct" and alone["verifier"] == "rubric"
 
 
+def test_a_record_that_cannot_be_judged_costs_no_other(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        judge_module, "_answers", lambda path, config, tokens, requests:
+        ((r.prompt, ANSWER) for r in requests),
+    )  # fmt: skip
+    texts = ["2", None, 3, "\ud800"]
+    records = [{"prompt": "1+1=", "verifier": "rubric", "completion": text} for text in texts]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in records))
+    monkeypatch.setattr("sys.argv", ["judge", model, str(source), "--out", str(out)])
+    assert judge_module.main() in (0, 1)
+    good, half = [json.loads(line) for line in out.read_text().splitlines()]
+    assert good["outcome"] == "correct" and half["outcome"] == "unscored"
+    said = capsys.readouterr().err
+    assert ":2: left out: completion = None" in said and ":3: left out: completion = 3" in said
+
+
+@pytest.mark.parametrize("limit", ["x", 0, 1.5, True])
+def test_a_limit_that_is_no_number_is_named(model, limit):
+    with pytest.raises(ValueError, match=r"rubric.max_tokens = .*: must be a whole number"):
+        judge_module.judge(model, [item()], {"max_tokens": limit})
+
+
 @pytest.mark.parametrize("argument, status", [("--help", 0), ("--out", 2)])
 def test_help_and_a_missing_model(monkeypatch, capsys, argument, status):
     monkeypatch.setattr("sys.argv", ["judge", argument])

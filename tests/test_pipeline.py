@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vibejax import domains, generate, merge, pipeline
+from vibejax import domains, generate, merge, pipeline, run_folder
+from vibejax import manifest as manifest_of
 from vibejax.config_file import ConfigError, InputError
 
 POLICY = "package:vibejax/quickstart/policy"
@@ -141,6 +142,33 @@ def test_a_finished_stage_whose_settings_or_inputs_changed_is_not_passed_over(co
     run(config, "--from", "cleaned")
     assert (config.parent / "out/cleaned.before-1/records.jsonl").read_text() == before
     assert "tasks: finished before" in capsys.readouterr().out
+
+
+def test_a_pipeline_belongs_to_one_process(config, capsys):
+    (config.parent / "out").mkdir()
+    with run_folder.locked(config.parent / "out/lock", "this one"), pytest.raises(SystemExit):
+        run(config, "--from", "tasks")
+    assert "out: another process is at this run" in capsys.readouterr().err
+    assert [path.name for path in (config.parent / "out").iterdir()] == ["lock"]
+
+
+def test_a_torn_manifest_is_named(config, capsys):
+    run(config)
+    (config.parent / "out/cleaned/manifest.json").write_text("")
+    with pytest.raises(SystemExit):
+        run(config)
+    assert "cleaned/manifest.json: damaged (" in capsys.readouterr().err
+
+
+def test_inputs_within_a_value_count(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("1")
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    found = [
+        {*manifest_of.inputs({"key": [value]}, tmp_path / "out")}
+        for value in (f"{a}", f"set={a}", f"{b}=0.5", f"{tmp_path}/*.jsonl", f"{tmp_path}/c=")
+    ]
+    assert found == [{str(a)}, {str(a)}, {str(b)}, {str(a), str(b)}, set()]
 
 
 def test_a_dry_run_prints_the_plan_and_does_nothing(config, capsys):

@@ -162,6 +162,21 @@ def point(server, monkeypatch):
     return point_to
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps(GOOD | {"reason": r"It gives \boxed{579} as asked."}),
+        json.dumps(GOOD | {"reason": "a { alone"}),
+        json.dumps(GOOD | {"reason": json.dumps(GOOD | {"helpfulness": 10})}),
+        'First {"helpfulness": 1}, then\n' + json.dumps(GOOD),
+        "x {" * 5_000 + json.dumps(GOOD),
+    ],
+)
+def test_braces_in_a_judgement_are_no_judgement(answer):
+    verdict = rubric.verify(RECORD, "Scattering.", judge=lambda _: answer)
+    assert verdict.reward == pytest.approx(GOOD_REWARD)
+
+
 def test_scores_come_from_the_endpoint_and_are_combined(server, point):
     point("good")
     record = {**RECORD, "rubric": "Name Rayleigh.", "reference": "Rayleigh scattering."}

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vibejax.arithmetic import carries, digits_task
+from vibejax.config_file import errors_in_one_line
 
 # The shipped policy has read base.jsonl of seed 0. Other counts draw other prompts, of which it has
 # read some: it must then be made anew.
@@ -53,9 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DST")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0,
+        help="of what is drawn; the shipped policy has seen prompts of seed 0's base.jsonl, some "
+        "of which stand in the held-out files of other seeds",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
-    write(args.folder, args.seed)
+    with errors_in_one_line(OSError):
+        write(args.folder, args.seed)
 
 
 def write(folder: Path, seed: int) -> None:

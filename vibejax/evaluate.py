@@ -14,8 +14,6 @@ Source: VibeThinker-3B technical report, section 3.1; `configs/evaluate_3b.toml`
 
 import dataclasses
 import functools
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +23,14 @@ import jax
 import numpy as np
 
 from vibejax import digests, meshes, policy, programs, run_folder, scoring, votes
-from vibejax.checkpoint_reader import checksums
 from vibejax.config.evaluate import EvaluateConfig
 from vibejax.config_file import errors_in_one_line, parse_args
 from vibejax.data import Prompt
 from vibejax.locations import resolve
-from vibejax.policy import Answers, Policy
+from vibejax.policy import Answers
 from vibejax.run_folder import RunError
 from vibejax.safetensors_folder import write_json
-from vibejax.verifiers import Outcome, rubric_endpoint
+from vibejax.verifiers import Outcome
 from vibejax.verifiers.pool import Pool, VerifierFailure
 from vibejax.verifiers.worker import names
 
@@ -111,8 +108,9 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
             require_verifiable(pool, prompts[name], given.path)
     folder = run_folder.open_run(config, "evaluate")
     with run_folder.kept(config, folder):
-        judge = _judge(prompts)
-        held = _claim(folder, opened, judge)
+        asked = [prompt for group in prompts.values() for prompt in group]
+        judge = policy.judge(asked)
+        held = policy.claim(folder, opened, judge)
         load = functools.cache(
             lambda: policy.load_engine(opened, config.rollout, config.dtype, mesh)
         )
@@ -227,36 +225,6 @@ def _majority_scores(rows, correct_NG, equal) -> np.ndarray:
             for group, correct_G in zip(rows, correct_NG, strict=True)
         ]
     )
-
-
-def _judge(prompts: Mapping[str, Sequence[Prompt]]) -> str | None:
-    """The model behind the endpoint, where one is named and a record may ask it."""
-    asking = {name for group in prompts.values() for p in group for name in names(p.record)}
-    named = os.environ.get(rubric_endpoint.URL) and asking & {"rubric", "math_judge"}
-    return os.environ.get(rubric_endpoint.MODEL) if named else None
-
-
-def _claim(folder: Path, opened: Policy, judge: str | None) -> dict:
-    """Says in the folder whose completions it holds, and whose verdicts.
-
-    Raises:
-        RunError: those of another checkpoint, or of another judge.
-    """
-    held = {"name": opened.name, "sha256": checksums(opened.path)}
-    path = folder / "checkpoint.json"
-    stored = {"judge": judge} | (json.loads(path.read_text()) if path.is_file() else held)
-    if {name: stored.get(name) for name in held} != held:
-        raise RunError(
-            f"{folder}: holds completions of another checkpoint than {opened.name} is now; choose "
-            "another out"
-        )
-    if stored["judge"] != judge:
-        raise RunError(
-            f"{folder}: holds verdicts of the judge {stored['judge']}, and "
-            f"{rubric_endpoint.MODEL} names {judge}; choose another out"
-        )
-    write_json(path, held | {"judge": judge})
-    return held
 
 
 if __name__ == "__main__":

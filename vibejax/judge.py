@@ -58,18 +58,20 @@ def judge(
     path = weights.locate(model)
     config, tokens = weights.load_config(path), tokenizer.load(path)
     max_tokens = settings.get("max_tokens", MAX_TOKENS)
+    if type(max_tokens) is not int or max_tokens < 1:
+        raise ValueError(f"rubric.max_tokens = {max_tokens!r}: must be a whole number of 1 or more")
     max_chars = {k: settings[k] for k in ("max_chars",) if k in settings}
     requests, troubles = [], {}
     for n, (record, completion) in enumerate(items):
         try:
             messages = rubric.judge_messages(record, completion, **max_chars)
-        except ValueError as error:
+            if messages is None:
+                continue
+            # What is judged is a stranger's text: it must not open a turn of its own.
+            ids = tokens.encode_chat(messages, control_in_content=False)
+        except ValueError as error:  # a TextError among them
             troubles[n] = str(error)
             continue
-        if messages is None:
-            continue
-        # What is judged is a stranger's text: it must not open a turn of its own.
-        ids = tokens.encode_chat(messages, control_in_content=False)
         if len(ids) + max_tokens <= config.context:
             requests.append(Request(n, tuple(ids), max_tokens))
         else:

@@ -1,6 +1,7 @@
 """What a finished stage of a pipeline says of itself: its inputs, outputs, metrics and versions."""
 
 import contextlib
+import glob
 import importlib.metadata
 import json
 import subprocess
@@ -30,7 +31,7 @@ def inputs(settings: Any, own: Path) -> dict[str, dict[str, str]]:
         own: the stage's folder, where its outputs lie.
     """
     found = {}
-    for text in sorted(set(_strings(settings))):
+    for text in sorted({name for value in _strings(settings) for name in _names(value)}):
         if Path(text).is_relative_to(own):
             continue
         with contextlib.suppress(InputError, OSError, ValueError):
@@ -50,6 +51,12 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
 
 
+def _names(text: str) -> set[str]:
+    """What a value may name: a path as it is, NAME=PATH, PATH=NUMBER, or a pattern of paths."""
+    matches = glob.glob(text) if "/" in text and glob.has_magic(text) else []
+    return {text, text.partition("=")[2], text.rpartition("=")[0], *matches} - {""}
+
+
 def outputs(folder: Path) -> dict[str, str]:
     """The sums of a step's own files and of its final model."""
     files = [path for part in (folder, folder / "final") for path in sorted(part.glob("*"))]
@@ -63,7 +70,7 @@ def metrics(folder: Path) -> dict[str, Any]:
     rows = read_log(folder / "metrics.jsonl")
     if rows:
         return rows[-1]
-    for name in ("results.json", "probe.json", "report.json", "merge.json"):
+    for name in ("results.json", "probe.json", "report.json", "records.report.json", "merge.json"):
         if (folder / name).is_file():
             return json.loads((folder / name).read_text())
     return {}

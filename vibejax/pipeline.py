@@ -47,8 +47,7 @@ from vibejax.config_file import (
     validated,
 )
 from vibejax.locations import resolve
-from vibejax.run_folder import RunError
-from vibejax.safetensors_folder import write_json
+from vibejax.run_folder import RunError, locked, read_whole, write_whole
 from vibejax.verifiers.pool import VerifierFailure
 
 CONFIGURED: Mapping[str, type[Section]] = {
@@ -157,11 +156,11 @@ def run(config: PipelineConfig, steps: Sequence[Step], start: str | None = None)
     names = [step.name for step in steps]
     if start is not None and start not in names:
         raise RunError(f"--from {start}: no such stage; one of {', '.join(names)}")
-    if start is not None:
-        for step in steps[names.index(start) :]:
-            _set_aside(step.folder)
     out.mkdir(parents=True, exist_ok=True)
-    with _compilation_cache(out / "compiled"):
+    with locked(out / "lock", config.out), _compilation_cache(out / "compiled"):
+        if start is not None:
+            for step in steps[names.index(start) :]:
+                _set_aside(step.folder)
         for number, step in enumerate(steps, start=1):
             title = f"[{number}/{len(steps)}] {step.name}"
             if step.manifest.is_file():
@@ -340,12 +339,12 @@ def _run_step(step: Step) -> None:
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_json(step.manifest, written)
+    write_whole(step.manifest, json.dumps(written, indent=2))
 
 
 def _check_unchanged(step: Step) -> None:
     """Raises RunError where a finished step would run otherwise today."""
-    stored = json.loads(step.manifest.read_text())
+    stored = read_whole(step.manifest, {})
     for what, now in (
         ("settings", _plain(step.settings)),
         ("inputs", manifest.inputs(_plain(step.settings), step.folder)),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ from vibejax import (
     distributed,
     meshes,
     rollout,
+    run_folder,
     sampler_copy,
     tokenizer,
     weights,
 )
+from vibejax.checkpoint_reader import checksums
 from vibejax.completions import Completion
 from vibejax.config.sampling import SamplerConfig
 from vibejax.data import Prompt
@@ -29,7 +32,7 @@ from vibejax.locations import resolve
 from vibejax.qwen2 import ModelConfig
 from vibejax.run_folder import Log, RunError
 from vibejax.tokenizer import Tokenizer
-from vibejax.verifiers import Outcome, Verdict
+from vibejax.verifiers import Outcome, Verdict, rubric_endpoint, worker
 from vibejax.verifiers.pool import Pool
 
 BROKEN = (Outcome.UNSCORED, Outcome.CRASH)
@@ -117,6 +120,36 @@ def load_engine(
     engine = Engine(params, rollout.engine_config(config, policy.model), mesh.local_devices)
     distributed.announce(engine.memory)
     return engine
+
+
+def judge(prompts: Sequence[Prompt]) -> str | None:
+    """The model behind the endpoint, where one is named and a record may ask it."""
+    asking = {name for prompt in prompts for name in worker.names(prompt.record)}
+    named = os.environ.get(rubric_endpoint.URL) and asking & {"rubric", "math_judge"}
+    return os.environ.get(rubric_endpoint.MODEL) if named else None
+
+
+def claim(folder: Path, policy: Policy, judge: str | None) -> dict[str, Any]:
+    """Says in a run's folder whose completions it holds, and whose verdicts.
+
+    Raises:
+        RunError: those of another checkpoint, or of another judge.
+    """
+    held = {"name": policy.name, "sha256": checksums(policy.path)}
+    path = folder / "checkpoint.json"
+    stored = {"judge": judge} | run_folder.read_whole(path, held)
+    if {name: stored.get(name) for name in held} != held:
+        raise RunError(
+            f"{folder}: holds completions of another checkpoint than {policy.name} is now; choose "
+            "another out"
+        )
+    if stored["judge"] != judge:
+        raise RunError(
+            f"{folder}: holds verdicts of the judge {stored['judge']}, and "
+            f"{rubric_endpoint.MODEL} names {judge}; choose another out"
+        )
+    run_folder.write_whole(path, json.dumps(held | {"judge": judge}, indent=2))
+    return held
 
 
 def answers(

@@ -233,13 +233,28 @@ def _claimed(config: Section, folder: Path) -> Iterator[None]:
     if not (buckets.named(config.out) or distributed.first()):
         yield
         return
-    with _lock_file(config, folder).open("a") as file:
+    with locked(_lock_file(config, folder), config.out or str(folder)):
+        yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Locks a file against other processes, where the file system knows locks.
+
+    Args:
+        path: of the file, which may be made.
+        what: it stands for, for the message.
+
+    Raises:
+        RunError: another process has locked it.
+    """
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{config.out or folder}: another process is at this run") from None
+            raise RunError(f"{what}: another process is at this run") from None
         except OSError:
-            pass  # a file system that knows no locks
+            pass
         yield
 
 

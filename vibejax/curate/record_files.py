@@ -5,6 +5,7 @@ processes read records here rather than with `data`, which takes seconds to impo
 """
 
 import dataclasses
+import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,14 +145,23 @@ class Writer:
         """Opens the file under another name."""
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
-        self._file = self._partial.open("wb")
+        self._file = self._partial.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise InputError(f"{path}: another process is writing it") from None
+        except OSError:
+            pass  # a file system that knows no locks
+        self._file.truncate(0)
         self._parquet: pyarrow.parquet.ParquetWriter | None = None
 
     def write_chunk(self, chunk: Chunk, kept: Sequence[int]) -> None:
         """Writes records of a chunk as they are."""
         rows = chunk.rows
         if isinstance(rows, pyarrow.RecordBatch) and self.path.suffix == ".parquet":
-            self._write_table(pyarrow.Table.from_batches([rows.take(pyarrow.array(kept))]))
+            places = pyarrow.array(kept, pyarrow.int64())
+            self._write_table(pyarrow.Table.from_batches([rows.take(places)]))
         elif isinstance(rows, list) and self.path.suffix == ".jsonl":
             self._file.writelines(rows[i].removesuffix(b"\n") + b"\n" for i in kept)
         else:
@@ -167,7 +177,7 @@ class Writer:
                 self._write_table(
                     pyarrow.Table.from_pylist([{n: r.get(n) for n in names} for r in records])
                 )
-            except pyarrow.ArrowInvalid as error:
+            except (pyarrow.ArrowInvalid, UnicodeEncodeError) as error:
                 raise InputError(f"{self.path}: {error}; .jsonl takes any records") from None
             return
         self._file.writelines(

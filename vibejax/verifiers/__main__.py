@@ -111,6 +111,8 @@ def _run(
                 record = _record(line)
                 bare = {k: v for k, v in record.items() if k not in ("completion", *ADDED_FIELDS)}
                 others = names(bare)
+                if not isinstance(record["completion"], str):
+                    raise ValueError(f"completion = {record['completion']!r:.80} is not a string")
                 if judge is not None and "rubric" in others:
                     others.remove("rubric")
                     to_judge.append((number, bare, record["completion"]))

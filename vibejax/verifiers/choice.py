@@ -77,7 +77,8 @@ def verify(
     if isinstance(truth, str):
         answer, letter = answered_letter(text, options)
         detail = "" if letter else "names no single option"
-        return _verdict(answer, letter == truth, detail if answer else "no answer found")
+        # Votes go by the option, however it is written.
+        return _verdict(letter or answer, letter == truth, detail if answer else "no answer found")
     answer, quantity = answered_quantity(text, last_number=last_number)
     if quantity is None:
         return _verdict(answer, False, "is not one number" if answer else "no answer found")

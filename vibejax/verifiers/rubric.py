@@ -244,6 +244,17 @@ def read_scores(answer: str) -> dict[str, int]:
     return {name: scores[name] for name in DIMENSIONS}
 
 
+def _last_object(text: str) -> list[tuple[str, Any]] | None:
+    """The keys and values of the last JSON object of a text; those in its strings are none."""
+    decoder, found, at = json.JSONDecoder(object_pairs_hook=list), None, 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            found, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            at += 1
+    return found
+
+
 def read_object(answer: str, keys: Sequence[str]) -> dict[str, Any]:
     """Reads the last JSON object of a judge's answer; it must have exactly these keys.
 
@@ -253,12 +264,10 @@ def read_object(answer: str, keys: Sequence[str]) -> dict[str, Any]:
     if not isinstance(answer, str) or len(answer) > MAX_ANSWER_CHARS:
         raise JudgeError(f"answer is no text of at most {MAX_ANSWER_CHARS} characters")
     text = thinking.after_thinking(answer) or ""
-    start, end = text.rfind("{"), text.rfind("}")  # the object is flat
-    try:
-        value = json.loads(text[start : end + 1], object_pairs_hook=list)
-    except (ValueError, RecursionError):
-        raise JudgeError(f"answer {text[:80]!r} ends in no JSON object") from None
-    found = [key for key, _ in value] if isinstance(value, list) else []
+    value = _last_object(text)
+    if value is None:
+        raise JudgeError(f"answer {text[:80]!r} ends in no JSON object")
+    found = [key for key, _ in value]
     if sorted(found) != sorted(keys):
         raise JudgeError(f"answer has keys {found!r:.80}, wanted {', '.join(keys)}")
     return dict(value)
