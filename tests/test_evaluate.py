@@ -136,7 +136,7 @@ def test_other_weights_or_another_judge_are_another_run(ran, tmp_path, never_sam
     (out / "checkpoint.json").write_text(json.dumps(held))
     with pytest.raises(InputError, match=r"out: holds completions of another checkpoint than"):
         run(ran, out, "resume=true")
-    monkeypatch.setattr(policy, "judge", lambda prompts: "other")
+    monkeypatch.setattr(policy, "judge_of", lambda prompts: "other")
     with pytest.raises(InputError, match="holds verdicts of the judge None, and VIBEJAX_JUDGE_MO"):
         run(ran, ran / "out", "resume=true")
     with pytest.raises(InputError, match="another configuration: samples: 8 -> 9"):

@@ -92,9 +92,10 @@ def test_data_that_has_changed_is_no_data_to_go_on_with(tmp_path, monkeypatch):
         patch.setattr(run_folder.distributed, "gather", lambda value: [value, other])
         with pytest.raises(RunError, match=r"heldout\.jsonl: not the same for process 1"):
             check()
-    (folder / "data.json").write_text("")
-    with pytest.raises(RunError, match=r"data\.json: damaged \("):
-        check()
+    for torn in ("", "[]", '{"data": '):
+        (folder / "data.json").write_text(torn)
+        with pytest.raises(RunError, match=r"data\.json: damaged \("):
+            check()
 
 
 HOLDING = """

@@ -96,7 +96,7 @@ def run(config: ClrConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     sizes = config.rollout.model_copy(update={"max_prompt_tokens": longest})  # questions included
     load = functools.cache(lambda: policy.load_engine(task.policy, sizes, config.dtype, mesh))
     with run_folder.kept(config, folder):
-        policy.claim(folder, task.policy, policy.judge(task.prompts))
+        policy.claim(folder, task.policy, policy.judge_of(task.prompts))
         log = Log(folder / "clr.jsonl", 0)
         with open_pool(**config.verifiers.pool_arguments()) as pool, jax.set_mesh(mesh):
             for repeat in range(1, config.repeats + 1):

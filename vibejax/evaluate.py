@@ -109,7 +109,7 @@ def run(config: EvaluateConfig, open_pool: Callable[..., Pool] = Pool) -> Path:
     folder = run_folder.open_run(config, "evaluate")
     with run_folder.kept(config, folder):
         asked = [prompt for group in prompts.values() for prompt in group]
-        judge = policy.judge(asked)
+        judge = policy.judge_of(asked)
         held = policy.claim(folder, opened, judge)
         load = functools.cache(
             lambda: policy.load_engine(opened, config.rollout, config.dtype, mesh)

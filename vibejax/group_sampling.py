@@ -75,7 +75,7 @@ def mixed_prompts(
         RunError: all groups are all right or all wrong.
     """
     path = folder / "kept_prompts.json"
-    stored = distributed.from_first(lambda: run_folder.read_whole(path, None))
+    stored = distributed.from_first(lambda: run_folder.read_whole(path, None, list))
     if stored is not None:
         kept = set(stored)
     else:

@@ -122,7 +122,7 @@ def load_engine(
     return engine
 
 
-def judge(prompts: Sequence[Prompt]) -> str | None:
+def judge_of(prompts: Sequence[Prompt]) -> str | None:
     """The model behind the endpoint, where one is named and a record may ask it."""
     asking = {name for prompt in prompts for name in worker.names(prompt.record)}
     named = os.environ.get(rubric_endpoint.URL) and asking & {"rubric", "math_judge"}

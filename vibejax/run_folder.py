@@ -167,7 +167,7 @@ def require_same_data(
     path = folder / "data.json"
     if not distributed.first():
         return
-    stored = dict(read_whole(path, sums))
+    stored = read_whole(path, sums)
     for field in (field for field in names if stored.get(field) != sums[field]):
         raise RunError(
             f"{names[field]}: changed since the run in {folder} began; go on with what was there, "
@@ -198,16 +198,21 @@ def write_whole(path: Path, text: str, part: Path | None = None) -> None:
         raise RunError(f"{part}: {error.strerror}") from None
 
 
-def read_whole(path: Path, default: Any) -> Any:
-    """The JSON that `write_whole` has put there; `default` where there is no file.
+def read_whole(path: Path, default: Any, kind: type = dict) -> Any:
+    """The JSON that `write_whole` has put there, of a kind; `default` where there is no file.
 
     Raises:
         RunError: it is damaged.
     """
+    if not path.is_file():
+        return default
     try:
-        return json.loads(path.read_text()) if path.is_file() else default
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise RunError(f"{path}: damaged ({error})") from None
+    if not isinstance(value, kind):
+        raise RunError(f"{path}: damaged (no {kind.__name__})")
+    return value
 
 
 def _lock_file(config: Section, folder: Path) -> Path:
