@@ -105,6 +105,8 @@ if __name__ == "__main__":
         (path, {method: exact(f) for method, f in methods.items()} if "bucket" in path else methods)
         for path, methods in server.HANDLERS
     )
+    # One request at a time: of more that wait than 5, the others would knock again after seconds.
+    server.server.HTTPServer.request_queue_size = 128
     served = server.create_server("localhost", 0, in_memory=True, default_bucket="bucket")
     served.start()
     print(served._api._httpd.server_port, flush=True)
