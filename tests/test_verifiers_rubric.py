@@ -265,6 +265,10 @@ GARBAGE = {
     "too long": json.dumps({**GOOD, "reason": "x" * 30_000}),
     "never ends thinking": "<think>" + json.dumps(GOOD),
     "cut": json.dumps(GOOD)[:-1],
+    "cut after a quoted one": f"It says {json.dumps(GOOD)}. I say " + json.dumps(GOOD)[:-1],
+    "a quoted one in a broken one": '{"reason": "it says '
+    + json.dumps(GOOD)
+    + '", "coherence": 1}',
     "deep": "{" * 15_000 + "}",
     "a million digits": json.dumps(GOOD).replace("8", "8" * 15_000),
 }

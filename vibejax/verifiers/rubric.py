@@ -245,14 +245,18 @@ def read_scores(answer: str) -> dict[str, int]:
 
 
 def _last_object(text: str) -> list[tuple[str, Any]] | None:
-    """The keys and values of the last JSON object of a text; those in its strings are none."""
-    decoder, found, at = json.JSONDecoder(object_pairs_hook=list), None, 0
+    """The keys and values of the last JSON object of a text; those in its strings are none.
+
+    None where a brace follows: one that was quoted is not to stand for one that is broken.
+    """
+    decoder, found, at, end = json.JSONDecoder(object_pairs_hook=list), None, 0, 0
     while (at := text.find("{", at)) >= 0:
         try:
             found, at = decoder.raw_decode(text, at)
+            end = at
         except (ValueError, RecursionError):
             at += 1
-    return found
+    return None if set("{}") & set(text[end:]) else found
 
 
 def read_object(answer: str, keys: Sequence[str]) -> dict[str, Any]:
