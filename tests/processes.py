@@ -107,16 +107,26 @@ def prepare(folder: Path) -> None:
     (folder / "rl.toml").write_text(TOML.format(folder=folder))
 
 
+def start_rl(
+    folder: Path, processes: int, devices: int, *settings: str, **environment: str
+) -> list[subprocess.Popen]:
+    """An RL run that has begun; a later one finds the programs that this one compiles."""
+    options = [part for pair in settings for part in ("--set", pair)]
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = ["-m", "vibejax.rl", str(folder / "rl.toml"), *options]
+    return start(command, processes, devices, **kept, **environment)
+
+
 def train_rl(
     folder: Path, processes: int, devices: int, timeout: float, *settings: str
 ) -> tuple[Path, list[str]]:
     """The run folder of processes with `devices` devices each, and what each printed."""
     out = folder / f"{processes}x{devices}"
-    options = [part for pair in (f"out={out}", *settings) for part in ("--set", pair)]
-    started = start(
-        ["-m", "vibejax.rl", str(folder / "rl.toml"), *options], processes, devices,
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )  # fmt: skip
+    started = start_rl(folder, processes, devices, f"out={out}", *settings)
     ended = outcomes(started, timeout)
     for code, _, stderr in ended:
         assert code == 0, stderr[-3_000:]

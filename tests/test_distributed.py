@@ -158,21 +158,13 @@ def test_two_processes_train_as_one_does(folder, two):
 
 def test_two_processes_go_on_from_a_bucket(folder, two, tmp_path):
     """Killed after the first step, on machines whose disks are new when they start again."""
-    options = ["out=gs://bucket/run", *SETTINGS, "mesh.context=2", "resume=auto",
-               "checkpoint.every=1"]  # fmt: skip
-    command = ["-m", "vibejax.rl", str(folder / "rl.toml")]
-    command += [part for option in options for part in ("--set", option)]
+    options = ("out=gs://bucket/run", *SETTINGS, "mesh.context=2", "resume=auto",
+               "checkpoint.every=1")  # fmt: skip
     with bucket_emulator.serving() as emulator:
 
         def begin(disk):
-            return processes.start(
-                command,
-                2,
-                1,
-                JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-                XDG_CACHE_HOME=str(tmp_path / disk),
-                **emulator,
-            )
+            disk = {"XDG_CACHE_HOME": str(tmp_path / disk)}
+            return processes.start_rl(folder, 2, 1, *options, **disk, **emulator)
 
         started = begin("first")
         limit = time.monotonic() + 300
